@@ -1,0 +1,123 @@
+"""Pipelines small enough to train in a test, in the stock layout, with random weights, and sets of real pictures."""
+
+import json
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+COLORS = ["red", "green", "blue", "orange", "purple", "black", "brown", "pink"]
+SHAPES = ["circle", "square"]
+CAPTIONS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+
+
+def bytes_to_unicode():
+    """The 256 printable symbols that CLIP's tokenizer writes bytes with."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {byte: chr(byte) for byte in printable}
+    hidden = (byte for byte in range(256) if byte not in symbols)
+    symbols.update({byte: chr(256 + i) for i, byte in enumerate(hidden)})
+    return [symbols[byte] for byte in range(256)]
+
+
+def tokenizer(length=24):
+    """CLIP's tokenizer without merges: one token a letter."""
+    symbols = bytes_to_unicode()
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=length)
+
+
+def text_encoder(hidden=16, length=24):
+    tokens = tokenizer(length)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=length,
+            bos_token_id=tokens.bos_token_id,
+            eos_token_id=tokens.eos_token_id,
+            pad_token_id=tokens.pad_token_id,
+        )
+    )
+
+
+def vae():
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=64,
+    )
+
+
+def stable_diffusion(directory, prediction_type="epsilon", seed=0):
+    """Writes a pipeline of some 100,000 random weights to `directory` and returns it as a string."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory)
+    return str(directory)
+
+
+def picture(caption, size=(72, 64)):
+    """A drawing of what the caption says."""
+    _, color, shape = caption.split()
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if shape == "circle" else draw.rectangle)((12, 10, 54, 52), fill=color)
+    return image
+
+
+def folder_of_winners(directory, count=8, metadata="jsonl"):
+    """An imagefolder of `count` drawings with metadata.jsonl or metadata.csv."""
+    directory.mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        caption = CAPTIONS[i % len(CAPTIONS)]
+        picture(caption).save(directory / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": caption})
+    if metadata == "jsonl":
+        lines = [json.dumps(row) for row in rows]
+    else:
+        lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)]
+    (directory / f"metadata.{metadata}").write_text("\n".join(lines) + "\n")
+    return str(directory)
+
+
+def difference(a, b):
+    """The largest difference between two pictures, in steps of 1/255."""
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()

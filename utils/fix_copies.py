@@ -1,0 +1,63 @@
+"""
+Keeps the functions that the training scripts share identical to the letter.
+
+A function or class under a line `# Copied from train_sspo_sd.NAME` is a copy of NAME in train_sspo_sd.py. Without
+arguments every copy is rewritten; with --check nothing is written, and the exit status is 1 if a copy has drifted.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"^# Copied from (\w+)\.(\w+)$")
+
+
+def definitions(source):
+    """Top-level functions and classes: name -> (first line, last line), from 0, decorators included, end excluded."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = (first - 1, node.end_lineno)
+    return found
+
+
+def original(module, name):
+    """The lines of `name` in module.py. Raises KeyError if it is not there."""
+    source = (ROOT / f"{module}.py").read_text()
+    first, last = definitions(source)[name]
+    return source.splitlines()[first:last]
+
+
+def fixed(source):
+    """`source` with every marked copy as its original is now."""
+    lines, spans = source.splitlines(), sorted(definitions(source).values(), reverse=True)
+    for first, last in spans:
+        mark = MARK.match(lines[first - 1]) if first else None
+        if mark:
+            lines[first:last] = original(*mark.groups())
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only tell which files have copies that drifted")
+    args = parser.parse_args(argv)
+    drifted = []
+    for path in sorted(ROOT.glob("train_sspo_*.py")):
+        source = path.read_text()
+        if fixed(source) != source:
+            drifted.append(path.name)
+            if not args.check:
+                path.write_text(fixed(source))
+    if drifted:
+        print(f"{'drifted' if args.check else 'rewritten'}: {', '.join(drifted)}")
+    sys.exit(1 if drifted and args.check else 0)
+
+
+if __name__ == "__main__":
+    main()
