@@ -117,6 +117,15 @@ class UserError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, and whose help shows no empty defaults."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
@@ -271,31 +280,35 @@ def add_shared_arguments(parser):
     group.add_argument("--hub_token", help="Token for the push. It is never written down.")
 
 
-def parse_args(argv=None):
-    """Parses `argv` (default: the command line). Raises SystemExit(2) after one line on stderr for a wrong flag."""
-    parser = OneLineParser(
-        description="SSPO for Stable Diffusion.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_shared_arguments(parser)
+def add_picture_arguments(parser):
+    """Adds the flags of the scripts that train on pictures."""
     group = parser.add_argument_group("pictures")
     group.add_argument("--image_column", help="Default: the first that exists of image, jpg, jpeg, png, webp.")
     group.add_argument("--resolution", type=int, default=512, help="Side of the square pictures, in pixels.")
     group.add_argument("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
-    args = parser.parse_args(argv)
 
+
+def resolve_args(parser, argv):
+    """Parses `argv` and fills in the defaults that hang on other flags. Exits with one line for what cannot be used."""
+    args = parser.parse_args(argv)
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 210
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
-    if args.rollout_batch_size is None:
-        pairs = args.train_batch_size * args.gradient_accumulation_steps
-        args.rollout_batch_size = max(min(pairs, 16) // max(args.train_batch_size, 1), 1) * args.train_batch_size
     try:
         check_args(args)
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def parse_args(argv=None):
+    """Parses `argv` (default: the command line). Raises SystemExit(2) after one line on stderr for a wrong flag."""
+    parser = OneLineParser("SSPO for Stable Diffusion 1.x and 2.x: alignment with winning pictures alone.")
+    add_shared_arguments(parser)
+    add_picture_arguments(parser)
+    return resolve_args(parser, argv)
 
 
 def check_args(args):
@@ -319,6 +332,9 @@ def check_args(args):
         raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {args.proportion_empty_prompts}")
     if args.resolution % 8:
         raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
+    if args.rollout_batch_size is None:
+        pairs = args.train_batch_size * args.gradient_accumulation_steps
+        args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
     if args.rollout_batch_size % args.train_batch_size:
         raise UserError(
             f"--rollout_batch_size ({args.rollout_batch_size}) must be a multiple of --train_batch_size "
@@ -782,7 +798,7 @@ def save_denoiser(denoiser, args, directory):
 def load_denoiser(denoiser, args, directory):
     """Reads what save_denoiser wrote, into the weights that the optimizer holds."""
     if args.train_mode == "lora":
-        layers = PIPELINE.lora_state_dict(directory)
+        layers = load_file(Path(directory, "pytorch_lora_weights.safetensors"))
         layers = {key.removeprefix("unet."): value for key, value in layers.items() if key.startswith("unet.")}
         set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers), adapter_name=POLICY)
     else:
@@ -1227,8 +1243,8 @@ class LatentCache:
 def cache_directory(args, winners, dtype):
     """Where the cache of this data set at these settings belongs, inside output_dir."""
     names = "pretrained_model_name_or_path revision variant image_column caption_column resolution center_crop "
-    names += "random_flip seed max_train_samples"
-    key = [getattr(args, name) for name in names.split()] + [winners.dataset._fingerprint, str(dtype)]
+    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path"
+    key = [getattr(args, name, None) for name in names.split()] + [winners.dataset._fingerprint, str(dtype)]
     return Path(args.output_dir, "cache", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
 
 
@@ -1279,7 +1295,7 @@ def find_checkpoint(args, settings):
         results = ("pytorch_lora_weights.safetensors", "model_index.json")
         if checkpoints or any(Path(args.output_dir, name).exists() for name in results):
             raise UserError(
-                f"{args.output_dir} holds the results of another run: go on with --resume_from_checkpoint latest, or "
+                f"--output_dir {args.output_dir} holds the results of another run: go on with --resume_from_checkpoint latest, or "
                 "choose another --output_dir"
             )
         return None, None
