@@ -290,7 +290,7 @@ def add_picture_arguments(parser):
 
 
 def resolve_args(parser, argv):
-    """Parses `argv` and fills in the defaults that hang on other flags. Exits with one line for what cannot be used."""
+    """Parses `argv` and fills in the defaults that hang on other flags. Exits with one line if they cannot be used."""
     args = parser.parse_args(argv)
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 210
@@ -1295,8 +1295,8 @@ def find_checkpoint(args, settings):
         results = ("pytorch_lora_weights.safetensors", "model_index.json")
         if checkpoints or any(Path(args.output_dir, name).exists() for name in results):
             raise UserError(
-                f"--output_dir {args.output_dir} holds the results of another run: go on with --resume_from_checkpoint latest, or "
-                "choose another --output_dir"
+                f"--output_dir {args.output_dir} holds the results of another run: go on with "
+                "--resume_from_checkpoint latest, or choose another folder"
             )
         return None, None
     if args.resume_from_checkpoint == "latest":
@@ -1490,7 +1490,7 @@ def write_model_card(args, step):
     samples = (
         f"Above the base, below this model, from the same seeds: {'; '.join(args.validation_prompts)}.\n\n"
         f"![samples]({picture})"
-        if Path(args.output_dir, picture).exists()
+        if args.validation_prompts and Path(args.output_dir, picture).exists()
         else "No validation prompts were given."
     )
     text = f"""---
