@@ -4,14 +4,14 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6,<2.14",
-#     "diffusers>=0.42,<0.43",
+#     "torch>=2.6",
+#     "diffusers>=0.41,<0.43",
 #     "transformers>=5.0,<6",
-#     "accelerate>=1.10,<2",
-#     "datasets>=4.0,<6",
-#     "peft>=0.18,<0.22",
-#     "bitsandbytes>=0.50,<0.51",
-#     "tensorboard>=2.15",
+#     "accelerate>=1.15,<2",
+#     "datasets>=5.0,<6",
+#     "peft>=0.21,<0.22",
+#     "bitsandbytes>=0.50.2,<0.51",
+#     "tensorboard>=2.20,<3",
 # ]
 # ///
 """
@@ -80,7 +80,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, make_image_grid
 from diffusers.utils.import_utils import (
@@ -240,7 +240,10 @@ def add_shared_arguments(parser):
     group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak learning rate.")
     group.add_argument("--scale_lr", action="store_true", help="Multiply the learning rate by the global batch size.")
     group.add_argument(
-        "--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant", help="Schedule of the rate."
+        "--lr_scheduler",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        default="constant",
+        help="Schedule of the rate.",
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="Updates of warm-up.")
     group.add_argument(
@@ -404,28 +407,31 @@ def keyed_noise(purpose, seed, keys, shape):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
 def open_dataset(args):
     """Opens the training split of --dataset_name or --train_data_dir. Raises UserError if that is not possible."""
     source = args.train_data_dir or args.dataset_name
     path = Path(source)
     if args.train_data_dir and not path.exists():
         raise UserError(f"--train_data_dir {source} does not exist")
+    if path.is_file() and path.suffix not in FILE_BUILDERS:
+        raise UserError(f"{source} is not a folder, nor one of {', '.join(FILE_BUILDERS)}")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # made by save_to_disk
             dataset = datasets.load_from_disk(source)
         elif path.is_file():
-            kind = {".pq": "parquet", ".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(path.suffix)
-            if kind is None:
-                raise UserError(f"{source} is not a folder, nor a .parquet, .arrow or .tar file")
+            builder = FILE_BUILDERS[path.suffix]
             dataset = datasets.load_dataset(
-                kind, data_files=source, cache_dir=args.cache_dir, streaming=args.streaming
+                builder, data_files=source, cache_dir=args.cache_dir, streaming=args.streaming
             )
         else:
             dataset = datasets.load_dataset(
                 source, args.dataset_config_name, cache_dir=args.cache_dir, streaming=args.streaming
             )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"the data set {source} cannot be opened: {reason}") from error
     if isinstance(dataset, dict):
         if "train" not in dataset and len(dataset) > 1:
@@ -453,7 +459,14 @@ class Winners:
         self.dataset = open_dataset(args)
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
-        first = next(iter(self.dataset.take(1)), None)
+        # Pictures are decoded by us, when they are needed, so that a bad one can be named.
+        if self.streaming:
+            self.dataset = self.dataset.decode(False)
+        else:
+            for name, feature in self.dataset.features.items():
+                if isinstance(feature, datasets.Image):
+                    self.dataset = self.dataset.cast_column(name, datasets.Image(decode=False))
+        first = next(iter(self.dataset), None)
         if first is None:
             raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
         columns = list(first)
@@ -463,10 +476,6 @@ class Winners:
             self.image_column = self.find_column("image", ["image", "jpg", "jpeg", "png", "webp"], columns)
         self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], columns)
 
-        # Pictures are decoded by us, when they are needed, so that a bad one can be named.
-        for name, feature in (self.dataset.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                self.dataset = self.dataset.cast_column(name, datasets.Image(decode=False))
         if self.streaming:
             self.dataset = self.dataset.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
         elif self.pairs:
@@ -566,8 +575,8 @@ def crop_picture(picture, args, generator):
     Resizes the shorter side to --resolution, then crops and mirrors as the flags say.
 
     Returns:
-        pixels, (3, resolution, resolution) in -1..1, and a dict of `original_size` (height, width) and
-        `crop_top_left` (top, left) in the resized picture: what SDXL is told about its pictures.
+        pixels, (3, resolution, resolution) in -1..1, and a dict of `original_size` (height, width), `crop_top_left`
+        (top, left) in the resized picture, and `target_size`: what SDXL is told about its pictures.
     """
     width, height = picture.size
     scale = args.resolution / min(width, height)
@@ -581,12 +590,14 @@ def crop_picture(picture, args, generator):
         picture = ImageOps.mirror(picture)
         left = spare[0] - left
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, {"original_size": (height, width), "crop_top_left": (top, left)}
+    target_size = (args.resolution, args.resolution)
+    return pixels, {"original_size": (height, width), "crop_top_left": (top, left), "target_size": target_size}
 
 
 def whole_picture(args):
     """The geometry of a picture that was neither resized nor cropped."""
-    return {"original_size": (args.resolution, args.resolution), "crop_top_left": (0, 0)}
+    size = (args.resolution, args.resolution)
+    return {"original_size": size, "crop_top_left": (0, 0), "target_size": size}
 
 
 class WinnerStream(torch.utils.data.IterableDataset):
@@ -834,8 +845,8 @@ def prepare_denoisers(models, args, device):
     Makes the policy trainable and sets the reference beside it.
 
     LoRA: two adapters on one frozen denoiser. Full: a second denoiser, in fp32 like the policy, because a reference in
-    half precision would put rounding noise in the gaps. Nothing is ever put in training mode: these models have no
-    layer that needs it, and dropout in the policy alone would bias the switch.
+    half precision would put rounding noise in the gaps. Both stay in evaluation mode: these models have no layer that
+    needs the other, and dropout in the policy alone would bias the switch.
     """
     denoiser = models.denoiser.to(device)
     if args.train_mode == "lora":
@@ -855,6 +866,7 @@ def prepare_denoisers(models, args, device):
             module.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    denoiser.eval()
 
 
 def policy_weights(models, args):
@@ -1081,7 +1093,7 @@ def sspo_loss(
     if ssr not in ("sign", "indicator", "none"):
         raise ValueError(f"ssr must be sign, indicator or none, not {ssr}")
     otherwise = {"sign": -1.0, "indicator": 0.0, "none": 1.0}[ssr]
-    s = torch.where(x >= 0, 1.0, otherwise)
+    s = torch.where(x >= 0, 1.0, otherwise).to(x.dtype)
 
     loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
     loss = (loss + sft_weight * policy_winner).mean()
@@ -1534,13 +1546,18 @@ def push_to_hub(args):
 
 
 def make_accelerator(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-        step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
-    )
+    """Accelerate and the loggers. Raises UserError where the machine is not what accelerate was configured for."""
+    logs = str(Path(args.output_dir, args.logging_dir))
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=logs),
+            step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
@@ -1574,7 +1591,12 @@ def make_optimizer(parameters, args, global_batch):
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-    schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     return optimizer, schedule
 
 

@@ -4,9 +4,16 @@ import json
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 COLORS = ["red", "green", "blue", "orange", "purple", "black", "brown", "pink"]
@@ -121,3 +128,53 @@ def folder_of_winners(directory, count=8, metadata="jsonl"):
 def difference(a, b):
     """The largest difference between two pictures, in steps of 1/255."""
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
+
+
+def stable_diffusion_xl(directory, seed=0, force_zeros=True):
+    """
+    Writes a pipeline of some 150,000 random weights in the layout of the SDXL base model to `directory` and returns
+    it as a string. No two widths are the same, and the tokenizers pad differently, so that nothing fits by chance.
+    """
+    torch.manual_seed(seed)
+    second_tokenizer = tokenizer()
+    second_tokenizer.pad_token = "!"
+    first = text_encoder()
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(**{**first.config.to_dict(), "hidden_size": 24, "projection_dim": 20, "hidden_act": "gelu"})
+    )
+    autoencoder = vae()
+    autoencoder.register_to_config(scaling_factor=0.13025)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=autoencoder,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer(),
+        tokenizer_2=second_tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(directory)
+    return str(directory)

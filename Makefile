@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` do everything on a fresh machine that has Python 3.10 or later.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two threads on few shared cores spin: the tests' models are too small for them.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help quickstart test style fix-copies clean
+
+help:
+	@echo "make quickstart   align the embedded model with SSPO, print its scores, draw before and after"
+	@echo "make test         style and tests"
+	@echo "make fix-copies   rewrite the functions that the scripts share from train_sspo_sd.py"
+	@echo "make clean        delete what the two above made"
+
+$(VENV)/installed: requirements.txt examples/requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r examples/requirements.txt -r tests/requirements.txt
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/python examples/quickstart.py
+
+test: style
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+style: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python utils/fix_copies.py --check
+
+fix-copies: $(VENV)/installed
+	$(BIN)/python utils/fix_copies.py
+
+clean:
+	rm -rf $(VENV) quickstart
