@@ -70,7 +70,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -1358,7 +1358,8 @@ def save_checkpoint(accelerator, args, record):
     final = Path(args.output_dir, f"checkpoint-{record['step']}")
     partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in Path(args.output_dir).glob("checkpoint-*.partial"):
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
@@ -1368,7 +1369,9 @@ def save_checkpoint(accelerator, args, record):
         os.replace(partial, final)
         if args.checkpoints_total_limit is not None:
             for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+                leftover = old.with_suffix(".partial")  # so that half of a checkpoint never passes for one
+                os.replace(old, leftover)
+                shutil.rmtree(leftover)
         logger.info(f"Saved {final}.")
     accelerator.wait_for_everyone()
 
@@ -1558,6 +1561,11 @@ def make_accelerator(args):
         )
     except ValueError as error:
         raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, but the replay bank needs the whole "
+            "weights on every process: configure data parallel (MULTI_GPU)"
+        )
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):

@@ -162,6 +162,12 @@ def test_packages_and_devices_are_checked_first(train, early, monkeypatch):
     refused(train, "--report_to must be", report_to="paper")
 
 
+def test_sharded_training_is_refused(train, early, monkeypatch):
+    """The bank would keep a shard of the weights."""
+    monkeypatch.setattr(script.Accelerator, "distributed_type", property(lambda self: script.DistributedType.FSDP))
+    refused(train, "configured for FSDP.*data parallel")
+
+
 def test_models_that_cannot_be_trained(train, tmp_path, sd):
     refused(train, "nothing-here cannot be loaded", model=tmp_path / "nothing-here")
     shutil.copytree(sd, tmp_path / "sample")
