@@ -95,6 +95,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -442,6 +443,47 @@ def open_dataset(args):
     return dataset
 
 
+MEDIUM, MEDIUM_COLUMNS = "image", ["image", "jpg", "jpeg", "png", "webp"]  # what the winners are, and where
+
+
+def open_undecoded(args):
+    """The data set with its pictures still encoded: we decode them when they are needed, so that a bad one is named."""
+    dataset = open_dataset(args)
+    if args.streaming:
+        return dataset.decode(False)
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def read_winner(encoded, column, row, args, key):
+    """
+    Decodes one winner, and crops it.
+
+    Args:
+        encoded: what the data set holds: a dict of path and bytes, bytes, or a PIL picture.
+        column, row: where that was.
+        key: of the random draws.
+    Returns:
+        pixels (3, height, width) in -1..1 and geometry, see crop_picture.
+    Raises:
+        UserError: naming the picture that cannot be read.
+    """
+    picture = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded
+    try:
+        if isinstance(picture, dict):
+            picture = datasets.Image().decode_example(picture)
+        picture = to_rgb(picture)
+    except Exception as error:  # PIL raises nearly everything, from struct.error to SyntaxError
+        name = encoded.get("path") if isinstance(encoded, dict) else None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the picture {name or column} in row {row} cannot be read ({reason}): repair or remove it"
+        ) from error
+    return crop_picture(picture, args, keyed_generator("crop", *key))
+
+
 class Winners:
     """
     Winning pictures and their captions, whatever form the data set has.
@@ -456,24 +498,17 @@ class Winners:
 
     def __init__(self, args):
         self.args, self.streaming, self.ties = args, args.streaming, 0
-        self.dataset = open_dataset(args)
+        self.dataset = open_undecoded(args)
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
-        # Pictures are decoded by us, when they are needed, so that a bad one can be named.
-        if self.streaming:
-            self.dataset = self.dataset.decode(False)
-        else:
-            for name, feature in self.dataset.features.items():
-                if isinstance(feature, datasets.Image):
-                    self.dataset = self.dataset.cast_column(name, datasets.Image(decode=False))
         first = next(iter(self.dataset), None)
         if first is None:
             raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
         columns = list(first)
 
-        self.pairs = args.image_column is None and set(self.PAIR_COLUMNS) <= set(columns)
+        self.pairs = getattr(args, f"{MEDIUM}_column") is None and set(self.PAIR_COLUMNS) <= set(columns)
         if not self.pairs:
-            self.image_column = self.find_column("image", ["image", "jpg", "jpeg", "png", "webp"], columns)
+            self.column = self.find_column(MEDIUM, MEDIUM_COLUMNS, columns)
         self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], columns)
 
         if self.streaming:
@@ -518,30 +553,16 @@ class Winners:
         Makes one training example.
 
         Returns:
-            dict with `epoch` and `row` (its key), `caption`, `dropped` (whether the caption is), `pixels`
-            (3, resolution, resolution) in -1..1 and `geometry` (original size and corner of the crop, in pixels).
+            dict with `epoch` and `row` (its key), `caption`, `dropped` (whether the caption is), `pixels` and
+            `geometry` (see read_winner).
         Raises:
-            UserError: naming the picture that cannot be read or the caption that is not text.
+            UserError: naming the winner that cannot be read or the caption that is not text.
         """
         if not self.streaming:
             example = self.dataset[row]
-        column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.image_column
-        picture = example[column]
-        if isinstance(picture, bytes):
-            picture = {"bytes": picture, "path": None}
-        try:
-            if isinstance(picture, dict):
-                picture = datasets.Image().decode_example(picture)
-            picture = to_rgb(picture)
-        except Exception as error:  # PIL raises nearly everything, from struct.error to SyntaxError
-            name = picture.get("path") if isinstance(picture, dict) else None
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the picture {name or column} in row {row} cannot be read ({reason}): repair or remove it"
-            ) from error
-
+        column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.column
         key = (self.args.seed, 0 if self.args.cache_latents else epoch, row)
-        pixels, geometry = crop_picture(picture, self.args, keyed_generator("crop", *key))
+        pixels, geometry = read_winner(example[column], column, row, self.args, key)
         caption = example[self.caption_column]
         if isinstance(caption, (list, np.ndarray)) and len(caption):
             caption = caption[torch.randint(len(caption), (), generator=keyed_generator("caption", *key)).item()]
@@ -570,33 +591,38 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
+def picture_size(args):
+    """Height and width of what is trained on, in pixels."""
+    return args.resolution, args.resolution
+
+
 def crop_picture(picture, args, generator):
     """
-    Resizes the shorter side to --resolution, then crops and mirrors as the flags say.
+    Resizes the picture until it just covers picture_size, then crops and mirrors as the flags say.
 
     Returns:
-        pixels, (3, resolution, resolution) in -1..1, and a dict of `original_size` (height, width), `crop_top_left`
+        pixels, (3, height, width) in -1..1, and a dict of `original_size` (height, width), `crop_top_left`
         (top, left) in the resized picture, and `target_size`: what SDXL is told about its pictures.
     """
-    width, height = picture.size
-    scale = args.resolution / min(width, height)
-    resized = (max(round(width * scale), args.resolution), max(round(height * scale), args.resolution))
-    spare = (resized[0] - args.resolution, resized[1] - args.resolution)
+    height, width = picture_size(args)
+    original_size = (picture.height, picture.width)
+    scale = max(height / picture.height, width / picture.width)
+    resized = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    spare = (resized[0] - width, resized[1] - height)
     place = torch.rand(2, generator=generator)  # drawn in any case: the flip must not depend on --center_crop
     left, top = (round(extent * (0.5 if args.center_crop else draw)) for extent, draw in zip(spare, place.tolist()))
     picture = picture.resize(resized, Image.Resampling.LANCZOS)
-    picture = picture.crop((left, top, left + args.resolution, top + args.resolution))
+    picture = picture.crop((left, top, left + width, top + height))
     if args.random_flip and torch.rand((), generator=generator).item() < 0.5:
         picture = ImageOps.mirror(picture)
         left = spare[0] - left
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-    target_size = (args.resolution, args.resolution)
-    return pixels, {"original_size": (height, width), "crop_top_left": (top, left), "target_size": target_size}
+    return pixels, {"original_size": original_size, "crop_top_left": (top, left), "target_size": (height, width)}
 
 
 def whole_picture(args):
     """The geometry of a picture that was neither resized nor cropped."""
-    size = (args.resolution, args.resolution)
+    size = picture_size(args)
     return {"original_size": size, "crop_top_left": (0, 0), "target_size": size}
 
 
@@ -676,17 +702,18 @@ def make_loader(winners, load, args, accelerator, cursor):
 PIPELINE = StableDiffusionPipeline
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TAGS = ["diffusers", "text-to-image", "stable-diffusion"]
+RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # by which save_result's work is known again
 
 
 @dataclass
 class Models:
-    """The parts of the pipeline. `reference` is a second denoiser in full mode and None otherwise."""
+    """The parts of the pipeline. `reference`: the reference's weights by name in full mode, None otherwise."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     denoiser: UNet2DConditionModel
-    reference: UNet2DConditionModel | None
+    reference: dict | None
     noise_scheduler: DDPMScheduler
 
     @property
@@ -765,8 +792,8 @@ def decode_latents(models, latents):
 
 def latent_shape(models, args):
     """The shape of one example's latents."""
-    side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
-    return (models.vae.config.latent_channels, side, side)
+    factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
+    return (models.vae.config.latent_channels, *(side // factor for side in picture_size(args)))
 
 
 def draw_timesteps(models, generator, draws):
@@ -794,6 +821,16 @@ def rollout_scheduler(models, args):
     """A fresh sampler on the model's own noise schedule."""
     kind = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}[args.rollout_scheduler]
     return kind.from_config(models.noise_scheduler.config)
+
+
+def trained_in_full(denoiser):
+    """The parameters that --train_mode full trains."""
+    return denoiser.parameters()
+
+
+def checkpoint_gradients(denoiser):
+    """Makes the backward recompute activations instead of keeping them."""
+    denoiser.enable_gradient_checkpointing()
 
 
 def save_denoiser(denoiser, args, directory):
@@ -844,9 +881,9 @@ def prepare_denoisers(models, args, device):
     """
     Makes the policy trainable and sets the reference beside it.
 
-    LoRA: two adapters on one frozen denoiser. Full: a second denoiser, in fp32 like the policy, because a reference in
-    half precision would put rounding noise in the gaps. Both stay in evaluation mode: these models have no layer that
-    needs the other, and dropout in the policy alone would bias the switch.
+    LoRA: two adapters on one frozen denoiser. Full: a second set of the trained weights, in fp32 like the policy's,
+    because a reference in half precision would put rounding noise in the gaps. The denoiser stays in evaluation mode:
+    no layer needs the other, and dropout in the policy alone would bias the switch.
     """
     denoiser = models.denoiser.to(device)
     if args.train_mode == "lora":
@@ -858,14 +895,12 @@ def prepare_denoisers(models, args, device):
             denoiser.add_adapter(config, adapter_name=adapter)  # the last to be added is the active, trainable one
             cast_training_params(denoiser, torch.float32)
     else:
-        denoiser.requires_grad_(True)
-        if args.loss_type == "sspo":
-            models.reference = type(denoiser).from_config(denoiser.config).requires_grad_(False).to(device)
+        for parameter in trained_in_full(denoiser):
+            parameter.requires_grad_(True)
     if args.enable_xformers_memory_efficient_attention:
-        for module in filter(None, (denoiser, models.reference)):
-            module.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        checkpoint_gradients(denoiser)
     denoiser.eval()
 
 
@@ -874,7 +909,7 @@ def policy_weights(models, args):
     if args.train_mode == "lora":
         weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
     else:
-        weights = models.denoiser.state_dict()
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
 
 
@@ -883,7 +918,8 @@ def load_reference(models, weights, args):
     if args.train_mode == "lora":
         set_peft_model_state_dict(models.denoiser, weights, adapter_name=REFERENCE)
     else:
-        models.reference.load_state_dict(weights)
+        models.reference = None  # the old one makes room first
+        models.reference = {name: weight.to(models.denoiser.device) for name, weight in weights.items()}
 
 
 @contextmanager
@@ -892,11 +928,12 @@ def as_reference(models, args):
     Gives the denoiser with the reference's weights, without gradients.
 
     In LoRA mode this switches the adapter of the one denoiser and back. That must not happen between the policy's
-    forward and its backward, since a switch also flips requires_grad: the reference always goes first.
+    forward and its backward, since a switch also flips requires_grad: the reference always goes first. In full mode
+    the policy's weights stay where they are, and each call runs with the reference's in their stead.
     """
     with torch.no_grad():
         if args.train_mode == "full":
-            yield models.reference
+            yield lambda *inputs, **named: functional_call(models.denoiser, models.reference, inputs, named)
             return
         models.denoiser.set_adapter(REFERENCE)
         try:
@@ -1255,7 +1292,8 @@ class LatentCache:
 def cache_directory(args, winners, dtype):
     """Where the cache of this data set at these settings belongs, inside output_dir."""
     names = "pretrained_model_name_or_path revision variant image_column caption_column resolution center_crop "
-    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path"
+    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path video_column num_frames frame_stride "
+    names += "height width"
     key = [getattr(args, name, None) for name in names.split()] + [winners.dataset._fingerprint, str(dtype)]
     return Path(args.output_dir, "cache", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
 
@@ -1304,8 +1342,7 @@ def find_checkpoint(args, settings):
     """
     checkpoints = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint is None:
-        results = ("pytorch_lora_weights.safetensors", "model_index.json")
-        if checkpoints or any(Path(args.output_dir, name).exists() for name in results):
+        if checkpoints or any(Path(args.output_dir, name).exists() for name in RESULTS):
             raise UserError(
                 f"--output_dir {args.output_dir} holds the results of another run: go on with "
                 "--resume_from_checkpoint latest, or choose another folder"
@@ -1357,10 +1394,6 @@ def save_checkpoint(accelerator, args, record):
     """
     final = Path(args.output_dir, f"checkpoint-{record['step']}")
     partial = final.with_suffix(".partial")
-    if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("checkpoint-*.partial"):
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -1423,9 +1456,23 @@ class MetricsFile:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+SAMPLES = "png"  # the kind of file in samples/ that the model card shows
+
+
+def write_samples(rows, args, step, trackers):
+    """Writes samples/step-N.png and hands it to the trackers. `rows` are lists of what decode_latents gives."""
+    grid = make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=len(rows[0]))
+    path = Path(args.output_dir, "samples", f"step-{step}.png")
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+
+
 class Validation:
     """
-    samples/step-N.png: a column for each validation prompt, the untouched base's picture above the policy's.
+    samples/step-N: a column for each validation prompt, the untouched base's picture above the policy's.
 
     Made with the sampler, the steps and the guidance of the rivals and always from the same noise. To be built before
     a checkpoint is loaded: for that moment the policy is the base.
@@ -1470,14 +1517,20 @@ class Validation:
         if self.accelerator.is_main_process:
             columns, current = len(self.args.validation_prompts), self.sample()
             rows = [p[i : i + columns] for i in range(0, len(current), columns) for p in (self.base, current)]
-            grid = make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=columns)
-            path = Path(self.args.output_dir, "samples", f"step-{step}.png")
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
-            for tracker in self.accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+            write_samples(rows, self.args, step, self.accelerator.trackers)
         self.accelerator.wait_for_everyone()
+
+
+def usage(args):
+    """The lines of Python that load the result, for the model card."""
+    name = args.hub_model_id or Path(args.output_dir).name
+    lines = ["from diffusers import DiffusionPipeline"]
+    if args.train_mode == "lora":
+        lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")')
+        lines.append(f'pipeline.load_lora_weights("{name}")')
+    else:
+        lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{name}")')
+    return "\n".join(lines)
 
 
 def write_model_card(args, step):
@@ -1493,15 +1546,9 @@ def write_model_card(args, step):
         base_model=args.pretrained_model_name_or_path,
         tags=[*TAGS, args.loss_type, *(["lora"] if lora else [])],
     )
-    load = (
-        f'pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")\n'
-        f'pipeline.load_lora_weights("{args.hub_model_id or Path(args.output_dir).name}")'
-        if lora
-        else f'pipeline = DiffusionPipeline.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")'
-    )
     name = "SSPO (Self-Sampling Preference Optimization, arXiv 2410.05255)"
     method = name if args.loss_type == "sspo" else "supervised fine-tuning, the baseline of " + name
-    picture = f"samples/step-{step}.png"
+    picture = f"samples/step-{step}.{SAMPLES}"
     samples = (
         f"Above the base, below this model, from the same seeds: {'; '.join(args.validation_prompts)}.\n\n"
         f"![samples]({picture})"
@@ -1516,8 +1563,7 @@ def write_model_card(args, step):
 {args.pretrained_model_name_or_path}, aligned in {step} updates by {method}, train mode {args.train_mode}.
 
 ```python
-from diffusers import DiffusionPipeline
-{load}
+{usage(args)}
 ```
 
 ## Samples
@@ -1693,6 +1739,8 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
     """The loop over updates, from record["step"] on. Returns the number of the signal that stopped it, or 0."""
     step, loaded_reference, sspo = record["step"], None, args.loss_type == "sspo"
     if accelerator.is_main_process:
+        for leftover in Path(args.output_dir).glob("checkpoint-*.partial"):  # of a run that was killed
+            shutil.rmtree(leftover)
         metrics_file = MetricsFile(Path(args.output_dir, "metrics.jsonl"), step)
         if sspo and step == 0:
             bank.push(0, policy_weights(models, args))
