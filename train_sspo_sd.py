@@ -45,6 +45,7 @@ reference and one of the policy on 2 x --train_batch_size x --draws_per_pair lat
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -447,7 +448,7 @@ MEDIUM, MEDIUM_COLUMNS = "image", ["image", "jpg", "jpeg", "png", "webp"]  # wha
 
 
 def open_undecoded(args):
-    """The data set with its pictures still encoded: we decode them when they are needed, so that a bad one is named."""
+    """The data set, its pictures still encoded: they are decoded when they are needed, so that a bad one is named."""
     dataset = open_dataset(args)
     if args.streaming:
         return dataset.decode(False)
@@ -1226,6 +1227,14 @@ def collate(examples, empty_prompt, args, device):
     }
 
 
+def load_rows(winners, rows):
+    """The examples of `rows` in their first epoch, or the UserError of one; returned for WinnerStream's reason."""
+    try:
+        return [winners.load(row, row, epoch=0) for row in rows]
+    except UserError as error:
+        return error
+
+
 class LatentCache:
     """
     Encoded winners on disk: files of CHUNK rows, written once, each process its share, and read by memory map.
@@ -1250,9 +1259,14 @@ class LatentCache:
                 continue
             tensors = {}
             rows = range(first, min(first + self.CHUNK, len(winners)))
-            for start in range(0, len(rows), self.args.train_batch_size):
-                some = rows[start : start + self.args.train_batch_size]
-                examples = [winners.load(row, row, epoch=0) for row in some]
+            for examples in torch.utils.data.DataLoader(
+                rows,
+                self.args.train_batch_size,
+                collate_fn=functools.partial(load_rows, winners),
+                num_workers=self.args.dataloader_num_workers,
+            ):
+                if isinstance(examples, UserError):
+                    raise examples
                 encode_examples(models, examples)
                 for example in examples:
                     tensors.update(self.flatten(example))
@@ -1292,8 +1306,8 @@ class LatentCache:
 def cache_directory(args, winners, dtype):
     """Where the cache of this data set at these settings belongs, inside output_dir."""
     names = "pretrained_model_name_or_path revision variant image_column caption_column resolution center_crop "
-    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path video_column num_frames frame_stride "
-    names += "height width"
+    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path "
+    names += "video_column num_frames frame_stride height width"
     key = [getattr(args, name, None) for name in names.split()] + [winners.dataset._fingerprint, str(dtype)]
     return Path(args.output_dir, "cache", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
 

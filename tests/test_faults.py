@@ -58,7 +58,7 @@ def patch(target, call, when):
         if len(calls) != call:
             return function(*args, **kwargs)
         if when == "half":  # of a folder
-            for path in sorted(args[0].iterdir())[1:]:
+            for path in [path for path in sorted(args[0].rglob("*")) if path.is_file()][1:]:
                 path.unlink()
         elif when == "after":
             function(*args, **kwargs)
