@@ -61,6 +61,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -71,7 +72,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -723,6 +724,39 @@ class Models:
         return [self.text_encoder, self.vae]
 
 
+def unsuitable(args, unet, vae, scheduler):
+    """
+    Why a model with these configurations cannot be trained here, or None.
+
+    A distilled model whose scheduler is that of its base cannot be told from it.
+    """
+    prediction = args.prediction_type or scheduler.get("prediction_type", "epsilon")
+    if unet["in_channels"] != vae["latent_channels"]:
+        return "takes more than latents and a caption (an inpainting or depth model?): give a text-to-image model"
+    if unet.get("time_cond_proj_dim") is not None or scheduler["_class_name"] in ("LCMScheduler", "TCDScheduler"):
+        return "is distilled to few steps (LCM or the like), which this training would undo: give the base model"
+    if "beta_start" not in scheduler:
+        return f"has the noise levels of {scheduler['_class_name']}, not of a schedule of betas: it cannot be used"
+    if prediction not in ("epsilon", "v_prediction"):
+        return f"predicts {prediction}, and only epsilon and v_prediction can be trained"
+    trailing = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
+    if trailing and prediction == "epsilon":
+        return (
+            "is distilled to few steps (turbo or lightning, by its trailing timestep_spacing), which this training "
+            "would undo: give the base model, or mend scheduler_config.json if it is none"
+        )
+    return None
+
+
+def refuse_others(args, unet, vae, scheduler):
+    """Raises UserError for a model that this script would train wrongly, from its configurations alone."""
+    what = unsuitable(args, unet, vae, scheduler)
+    if unet.get("addition_embed_type") is not None:
+        what = "is not of Stable Diffusion 1.x or 2.x: for Stable Diffusion XL there is train_sspo_sdxl.py"
+    if what is not None:
+        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} {what}")
+
+
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full, which
@@ -733,6 +767,9 @@ def load_models(args, dtype):
     weights = dict(source, variant=args.variant)
     trained = torch.float32 if args.train_mode == "full" else dtype
     try:
+        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **source)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **source)
+        refuse_others(args, unet, vae, DDPMScheduler.load_config(name, subfolder="scheduler", **source))
         models = Models(
             tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **source),
             text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **weights),
@@ -746,10 +783,6 @@ def load_models(args, dtype):
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {reason}") from error
     if args.prediction_type is not None:
         models.noise_scheduler.register_to_config(prediction_type=args.prediction_type)
-    if models.noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"models that predict {models.noise_scheduler.config.prediction_type} cannot be trained here")
-    if models.denoiser.config.in_channels != models.vae.config.latent_channels:
-        raise UserError(f"{name} takes more than latents and a caption (an inpainting or depth model?)")
     for module in (*models.encoders, models.denoiser):
         module.requires_grad_(False)
     return models
@@ -1119,7 +1152,7 @@ def sspo_loss(
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
     Returns:
         the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
-        implicit_accuracy (share with gap_w < gap_r; a tie counts one half), the policy's errors and the two gaps.
+        implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
     Raises:
         ValueError: for another ssr.
     """
@@ -1200,8 +1233,8 @@ def encode_examples(models, examples):
     for i, example in enumerate(examples):
         if not (mean[i].isfinite().all() and std[i].isfinite().all()):
             raise UserError(
-                f"the latents of row {example['row']} are not finite: the VAE overflows in half precision; run with "
-                "--mixed_precision no or bf16, or give a VAE that is mended"
+                f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
+                "precision; try --mixed_precision no or bf16"
             )
         example.update(mean=mean[i], std=std[i], prompt=prompts[i])
 
@@ -1242,7 +1275,7 @@ class LatentCache:
     A file that is there is complete (it is renamed into its place), so an interrupted run goes on where it stopped.
     """
 
-    CHUNK = 256
+    CHUNK = 64
 
     def __init__(self, directory, args):
         self.directory, self.args, self.handles = Path(directory), args, {}
@@ -1286,6 +1319,8 @@ class LatentCache:
         """The example of Winners.load, already encoded."""
         path = self.path(row)
         if path not in self.handles:
+            if len(self.handles) == 64:
+                self.handles.clear()  # a large set has more files than a process may keep open
             file = safe_open(path, "pt")
             names = {}
             for key in file.keys():
@@ -1322,8 +1357,9 @@ FREE_TO_CHANGE = set(
     "cache_dir dataloader_num_workers rollout_batch_size train_batch_size gradient_accumulation_steps max_train_steps "
     "num_train_epochs gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention output_dir "
     "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps "
-    "num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id hub_token "
-    "pretrained_model_name_or_path dataset_name train_data_dir".split()
+    "num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id hub_token dataset_name "
+    "train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path "
+    "motion_adapter_name_or_path".split()
 )
 
 
@@ -1554,10 +1590,10 @@ def write_model_card(args, step):
         if word.startswith("--hub_token"):
             command[i : i + 1 if "=" in word else i + 2] = ["--hub_token=..."]
     lora = args.train_mode == "lora"
+    local = Path(args.pretrained_model_name_or_path).exists()  # the hub takes names of repositories only
     data = ModelCardData(
-        license="other",
         library_name="diffusers",
-        base_model=args.pretrained_model_name_or_path,
+        base_model=None if local else args.pretrained_model_name_or_path,
         tags=[*TAGS, args.loss_type, *(["lora"] if lora else [])],
     )
     name = "SSPO (Self-Sampling Preference Optimization, arXiv 2410.05255)"
@@ -1618,6 +1654,7 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=logs),
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],  # the others wait for validation
         )
     except ValueError as error:
         raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error

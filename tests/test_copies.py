@@ -47,5 +47,6 @@ def test_script_imports_nothing_of_this_repository(script):
     packages = imported - sys.stdlib_module_names
     header = source.split("# ///")[1]
     implied = {"PIL", "huggingface_hub", "numpy", "safetensors", "tqdm"}  # required by diffusers and datasets
-    assert packages - implied <= {name for name in packages if f'"{name}' in header}
+    optional = {"wandb"}
+    assert packages - implied - optional <= {name for name in packages if f'"{name}' in header}
     assert not packages & {"tests", "utils", "examples", *(path.stem for path in SCRIPTS)}

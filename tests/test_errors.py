@@ -168,12 +168,32 @@ def test_sharded_training_is_refused(train, early, monkeypatch):
     refused(train, "configured for FSDP.*data parallel")
 
 
-def test_models_that_cannot_be_trained(train, tmp_path, sd):
+def test_models_that_cannot_be_loaded(train, tmp_path):
     refused(train, "nothing-here cannot be loaded", model=tmp_path / "nothing-here")
-    shutil.copytree(sd, tmp_path / "sample")
-    config = tmp_path / "sample" / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
-    refused(train, "predict sample cannot be trained", model=tmp_path / "sample")
+
+
+@pytest.mark.parametrize(
+    "file, before, after, message",
+    [
+        ("scheduler/scheduler_config", '"epsilon"', '"sample"', "predicts sample"),
+        ("scheduler/scheduler_config", '"leading"', '"trailing"', "distilled to few steps .turbo"),
+        ("scheduler/scheduler_config", "DDPMScheduler", "LCMScheduler", "distilled to few steps .LCM"),
+        ("scheduler/scheduler_config", "beta_start", "sigma_min", "not of a schedule of betas"),
+        ("unet/config", '"in_channels": 4', '"in_channels": 9', "more than latents and a caption"),
+        ("unet/config", '"addition_embed_type": null', '"addition_embed_type": "text_time"', "train_sspo_sdxl.py"),
+    ],
+)
+def test_models_that_would_be_trained_wrongly(train, tmp_path, sd, monkeypatch, file, before, after, message):
+    """From their configurations, before any weights are read."""
+    shutil.copytree(sd, tmp_path / "other")
+    config = tmp_path / "other" / f"{file}.json"
+    text = config.read_text()
+    if "timestep_spacing" in text:
+        text = text.replace('"timestep_spacing": "linspace"', '"timestep_spacing": "leading"')
+    assert before in text
+    config.write_text(text.replace(before, after))
+    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    refused(train, message, model=tmp_path / "other")
 
 
 def test_results_are_not_overwritten(train):

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
 
 import train_sspo_sd as script
@@ -36,16 +35,6 @@ def stock_pictures(pipeline, prompts=PROMPTS, seed=0):
     return pipeline(prompts, latents=noise, num_inference_steps=3, height=64, width=64).images
 
 
-def rows_of(path, rows, columns):
-    """The pictures of a samples/step-N.png."""
-    grid = Image.open(path)
-    width, height = grid.width // columns, grid.height // rows
-    return [
-        [grid.crop((c * width, r * height, (c + 1) * width, (r + 1) * height)) for c in range(columns)]
-        for r in range(rows)
-    ]
-
-
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("ssr", ["sign", "indicator", "none"])
 def test_first_update_is_ln_2(train, mode, ssr):
@@ -70,7 +59,7 @@ def test_gap_is_zero_under_autocast_too(train):
 def test_lora_loads_in_the_stock_pipeline_and_draws_what_the_run_drew(train, sd, alpha):
     """The upper row of the samples is the base, the lower the stock pipeline with the LoRA, also if alpha != rank."""
     run = train(validation_prompts=PROMPTS, learning_rate=1e-2, max_train_steps=6, rank=8, lora_alpha=alpha)
-    above, below = rows_of(run.path / "samples" / "step-6.png", 2, 2)
+    above, below = tiny.rows_of(run.path / "samples" / "step-6.png", 2, 2)
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     for ours, theirs in zip(above, stock_pictures(pipeline)):
         assert tiny.difference(ours, theirs) <= 1
@@ -83,7 +72,7 @@ def test_lora_loads_in_the_stock_pipeline_and_draws_what_the_run_drew(train, sd,
 def test_full_run_is_a_pipeline_that_draws_what_the_run_drew(train, sd):
     run = train(train_mode="full", validation_prompts=PROMPTS, num_validation_images=2)
     pipeline = StableDiffusionPipeline.from_pretrained(run.path)
-    rows = rows_of(run.path / "samples" / "step-4.png", 4, 2)
+    rows = tiny.rows_of(run.path / "samples" / "step-4.png", 4, 2)
     for ours, theirs, base in zip(rows[1], stock_pictures(pipeline), rows[0]):
         assert tiny.difference(ours, theirs) <= 1
         assert tiny.difference(ours, base) > 1

@@ -2,12 +2,14 @@
 
 import json
 
+import av
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -125,6 +127,16 @@ def folder_of_winners(directory, count=8, metadata="jsonl"):
     return str(directory)
 
 
+def rows_of(path, rows, columns):
+    """The pictures of a samples/step-N.png."""
+    grid = Image.open(path)
+    width, height = grid.width // columns, grid.height // rows
+    return [
+        [grid.crop((c * width, r * height, (c + 1) * width, (r + 1) * height)) for c in range(columns)]
+        for r in range(rows)
+    ]
+
+
 def difference(a, b):
     """The largest difference between two pictures, in steps of 1/255."""
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()
@@ -177,4 +189,70 @@ def stable_diffusion_xl(directory, seed=0, force_zeros=True):
         add_watermarker=False,
     )
     pipeline.save_pretrained(directory)
+    return str(directory)
+
+
+def animate_diff(directory, seed=0, layers=1):
+    """
+    Writes a Stable Diffusion pipeline and a motion adapter for it, of random weights, to two folders in `directory`
+    and returns both as strings. A stock adapter begins as no motion at all; this one's last layers are not zero.
+    """
+    base = stable_diffusion(directory / "base", seed=seed)
+    torch.manual_seed(seed + 1)
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_transformer_layers_per_block=layers,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=2,
+        motion_max_seq_length=16,
+    )
+    for name, weight in adapter.named_parameters():
+        if name.endswith("proj_out.weight"):
+            torch.nn.init.normal_(weight, std=0.2)
+    adapter.save_pretrained(directory / "adapter")
+    return base, str(directory / "adapter")
+
+
+def moving_frames(caption, count=12, size=(72, 64)):
+    """A clip of what the caption says, crossing the picture: frame i is 3 * i pixels to the right of the first."""
+    _, color, shape = caption.split()
+    frames = []
+    for i in range(count):
+        image = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(image)
+        (draw.ellipse if shape == "circle" else draw.rectangle)((3 * i, 10, 3 * i + 24, 34), fill=color)
+        frames.append(image)
+    return frames
+
+
+def write_clip(file, frames, format="mp4", codec="mpeg4", **options):
+    """Encodes PIL pictures; `file` is a path or a file object."""
+    with av.open(file if hasattr(file, "write") else str(file), "w", format=format) as container:
+        track = container.add_stream(codec, rate=8, options=options)
+        track.width, track.height = frames[0].size
+        track.pix_fmt = "yuv420p"
+        track.bit_rate = 1_000_000
+        for frame in frames:
+            container.mux(track.encode(av.VideoFrame.from_image(frame)))
+        container.mux(track.encode())
+
+
+def folder_of_clips(directory, count=6, length=12, metadata="jsonl"):
+    """A videofolder of `count` clips with metadata.jsonl or metadata.csv, or with the annotations of MagicTime."""
+    directory.mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        name = f"{i:03}" if metadata == "magictime" else str(i)
+        write_clip(directory / f"{name}.mp4", moving_frames(CAPTIONS[i], length))
+        rows.append((name, CAPTIONS[i]))
+    if metadata == "jsonl":
+        lines = [json.dumps({"file_name": f"{name}.mp4", "text": caption}) for name, caption in rows]
+    elif metadata == "csv":
+        lines = ["file_name,text", *(f"{name}.mp4,{caption}" for name, caption in rows)]
+    else:
+        lines = ["videoid,name,is_transmit", *(f'{name},"{caption}",0' for name, caption in rows)]
+    suffix = "csv" if metadata == "magictime" else metadata
+    name = "captions" if metadata == "magictime" else "metadata"
+    (directory / f"{name}.{suffix}").write_text("\n".join(lines) + "\n")
     return str(directory)

@@ -1,8 +1,8 @@
 """
 Keeps the functions that the training scripts share identical to the letter.
 
-A function or class under a line `# Copied from train_sspo_sd.NAME` is a copy of NAME in train_sspo_sd.py. Without
-arguments every copy is rewritten; with --check nothing is written, and the exit status is 1 if a copy has drifted.
+A function, class or constant under a line `# Copied from train_sspo_sd.NAME` is a copy of NAME in train_sspo_sd.py.
+Without arguments every copy is rewritten; with --check nothing is written, and the exit status is 1 if one drifted.
 """
 
 import argparse
@@ -17,18 +17,25 @@ MARK = re.compile(r"^# Copied from (\w+)\.(\w+)$")
 
 
 def definitions(source):
-    """Top-level functions and classes: name -> (first line, last line), from 0, decorators included, end excluded."""
+    """
+    Top-level functions, classes and constants: name -> (first line, last line), from 0, decorators included, end
+    excluded.
+    """
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found[node.name] = (first - 1, node.end_lineno)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = (node.lineno - 1, node.end_lineno)
     return found
 
 
 def original(module, name):
-    """The lines of `name` in module.py. Raises KeyError if it is not there."""
+    """The lines of `name` in module.py. Ends the program if it is not there."""
     source = (ROOT / f"{module}.py").read_text()
+    if name not in definitions(source):
+        sys.exit(f"{module}.py has no {name}: mend the mark '# Copied from {module}.{name}', or take it away")
     first, last = definitions(source)[name]
     return source.splitlines()[first:last]
 
