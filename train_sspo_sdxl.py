@@ -614,7 +614,7 @@ def is_dropped(args, epoch, row):
 def to_rgb(picture):
     """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
+    if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
