@@ -897,6 +897,7 @@ def save_result(models, args):
         pipeline = PIPELINE.from_pretrained(
             args.pretrained_model_name_or_path,
             unet=models.denoiser,
+            torch_dtype=torch.float32,
             revision=args.revision,
             variant=args.variant,
             cache_dir=args.cache_dir,

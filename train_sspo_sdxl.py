@@ -1005,6 +1005,7 @@ def save_result(models, args):
         pipeline = PIPELINE.from_pretrained(
             args.pretrained_model_name_or_path,
             unet=models.denoiser,
+            torch_dtype=torch.float32,
             vae=AutoencoderKL.from_pretrained(**vae_source(args)),
             revision=args.revision,
             variant=args.variant,

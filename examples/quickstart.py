@@ -158,8 +158,9 @@ def main():
         print(f"[{clock[-1] - clock[-2]:.0f} s] {name}", flush=True)
 
     count = write_winners(args.output_dir / "winners", args.winners_per_caption)
-    shutil.rmtree(args.output_dir / "aligned", ignore_errors=True)  # of an earlier quickstart
     stage(f"{count} winners of {len(ALIGNED)} captions written to {args.output_dir / 'winners'}")
+    if "--resume_from_checkpoint" not in extra:
+        shutil.rmtree(args.output_dir / "aligned", ignore_errors=True)  # what another run left may be of another kind
     train(training_command(args, extra))
     stage("trained")
 

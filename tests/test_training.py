@@ -106,6 +106,9 @@ def test_weights_of_sd_in_half_precision_are_trained_in_fp32(train, sd, tmp_path
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     half = UNet2DConditionModel.from_pretrained(tmp_path / "half", subfolder="unet").state_dict()
     assert not torch.equal(weights["conv_in.weight"], half["conv_in.weight"].float())
+    assert len(stock_pictures(StableDiffusionPipeline.from_pretrained(run.path))) == 2, (
+        "all parts are of one precision"
+    )
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -288,7 +291,7 @@ def test_trackers_and_model_card(train, monkeypatch):
     run = train(report_to="tensorboard", validation_prompts=PROMPTS, hub_token="secret-3", checkpointing_steps=2)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(next((run.path / "logs").rglob("events*.0")).parent))
+    events = EventAccumulator(str(run.path / "logs" / "sspo"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(run.column("loss"))
     assert "samples" in events.Tags()["images"]

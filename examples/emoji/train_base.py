@@ -351,7 +351,7 @@ def export(args):
     # Halves on disk only: without this, transformers loads the text encoder as fp16 where diffusers loads fp32.
     config = args.output_dir / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    samples(args.output_dir).save(args.output_dir.parent / "samples.png")
+    samples(args.output_dir).quantize(256).save(args.output_dir.parent / "samples.png", optimize=True)
     size = sum(file.stat().st_size for file in args.output_dir.rglob("*") if file.is_file())
     print(f"{size / 1e6:.2f} MB in {args.output_dir}")
 
