@@ -1,0 +1,206 @@
+"""SSPO for video in minutes on a CPU: align a small motion adapter over the emoji base with steady clips.
+
+1. Writes the winners: steady clips of 28 emoji that move left or right, turn or grow, as MP4 files.
+2. Runs train_sspo_video.py on them, by the command that it prints.
+3. Makes clips of the 12 emoji that were held out of alignment with base and aligned adapter, from the same seeds,
+   measures how much they flicker, lets a classifier that knows neither tell whether the emoji is right, and saves a
+   before/after animation.
+
+    python examples/quickstart_video.py                          # SSPO
+    python examples/quickstart_video.py --rollout_strength 1.0   # any flag of train_sspo_video.py may follow and wins
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+# Before torch is imported, as in quickstart.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+from diffusers import AnimateDiffPipeline, DPMSolverMultistepScheduler, MotionAdapter
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from quickstart import before_after, train
+from transformers.utils import logging as transformers_logging
+
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "emoji"))
+sys.path.insert(0, str(ROOT / "emoji_video"))
+
+from clips import FRAMES, FRAMES_PER_SECOND, MOTIONS, caption, flicker, render, write_winners  # noqa: E402
+from glyphs import HELD_OUT, TEST_SEEDS  # noqa: E402
+from scorer import load_scorer, score  # noqa: E402
+
+
+BASE, ADAPTER = ROOT / "emoji" / "base", ROOT / "emoji_video" / "adapter"
+NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1)
+SAMPLER = dict(num_inference_steps=12, guidance_scale=5.0, num_frames=FRAMES, height=64, width=64)
+
+
+def training_command(args, extra):
+    settings = {
+        "pretrained_model_name_or_path": BASE,
+        "motion_adapter_name_or_path": ADAPTER,
+        "train_data_dir": args.output_dir / "winners",
+        "output_dir": args.output_dir / "aligned",
+        "resolution": 64,
+        "num_frames": FRAMES,
+        "frame_stride": 1,
+        "seed": args.seed,
+        "train_mode": "lora",
+        "rank": 16,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 5,
+        "train_batch_size": 4,
+        "max_train_steps": 30,
+        "draws_per_pair": 2,
+        "replay_steps": 10,
+        "rollout_steps": 10,
+        "rollout_strength": 0.7,
+        "rollout_guidance_scale": 5.0,
+    }
+    flags = [text for flag, value in settings.items() for text in (f"--{flag}", str(value))]
+    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if not torch.cuda.is_available():
+        launch += ["--cpu", "--num_cpu_threads_per_process", "1"]  # two threads are slower on a model this small
+    return [*launch, str(ROOT.parent / "train_sspo_video.py"), *flags, "--cache_latents", *extra]
+
+
+def require_adapter():
+    if not ADAPTER.is_dir():
+        sys.exit(f"{ADAPTER} is not there: python examples/emoji_video/train_adapter.py makes it, in about 20 minutes")
+
+
+def load_pipeline(device, aligned=None):
+    """The stock pipeline with the base's adapter, or with what a run has left in `aligned`."""
+    full = aligned is not None and (aligned / "config.json").exists()
+    adapter = MotionAdapter.from_pretrained(aligned if full else ADAPTER)
+    pipeline = AnimateDiffPipeline.from_pretrained(BASE, motion_adapter=adapter)
+    pipeline.scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE)
+    pipeline.set_progress_bar_config(disable=True)
+    if aligned is not None and not full:
+        pipeline.load_lora_weights(aligned)
+    return pipeline.to(device)
+
+
+def sample(pipeline, jobs, first_seed, batch_size=12):
+    """A clip (frames, 64, 64, 3) uint8 for each (name, motion); its noise belongs to its place, whatever the model."""
+    clips = []
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        noise = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+        frames = pipeline([caption(*job) for job in batch], generator=noise, output_type="pil", **SAMPLER).frames
+        clips += [np.stack([np.asarray(frame) for frame in clip]) for clip in frames]
+    return clips
+
+
+def flicker_of(clip):
+    """
+    How unsteady a clip's tone is: mean squared difference, from frame to frame, of each channel's median and 2 %
+    quantile, on a scale from 0 to 1. These are the ground and the outlines, which neither moving nor turning changes;
+    a plain difference of frames, even after motion compensation, would mostly measure the turning and the growing.
+    """
+    tones = np.quantile(clip.reshape(len(clip), -1, 3) / 255, [0.02, 0.5], axis=1)
+    return np.square(np.diff(tones, axis=1)).mean()
+
+
+def framed(frame):
+    """The glyph of a frame as large as the classifier is used to, on white: what is unlike the ground, with a rim."""
+    away = np.abs(frame.astype(int) - np.median(frame, axis=(0, 1))).max(axis=2) > 40
+    if not away.any():
+        return Image.fromarray(frame)
+    rows, columns = np.nonzero(away.any(axis=1))[0], np.nonzero(away.any(axis=0))[0]
+    glyph = Image.fromarray(frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    scale = 54 / max(glyph.size)
+    glyph = glyph.resize([max(round(side * scale), 1) for side in glyph.size], Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (64, 64), "white")
+    canvas.paste(glyph, ((64 - glyph.width) // 2, (64 - glyph.height) // 2))
+    return canvas
+
+
+def measure(clips, jobs, scorer):
+    """Mean flicker and identity with their standard errors; identity of what does not turn, for the scorer's sake."""
+    flickers = np.array([flicker_of(clip) for clip in clips])
+    identities = [
+        score([framed(frame) for frame in clip], [name] * len(clip), scorer)["identity"]
+        for clip, (name, motion) in zip(clips, jobs)
+        if motion != "turning"
+    ]
+    result = {"clips": len(clips)}
+    for name, values in (("flicker", flickers), ("identity", np.array(identities))):
+        result[name], result[f"{name}_error"] = float(values.mean()), float(values.std() / len(values) ** 0.5)
+    return result
+
+
+def animation(rows, jobs, path):
+    """Rows of clips under their captions, as a GIF that plays as fast as the clips, and its frames side by side."""
+    captions = [name for name, _ in jobs]
+    frames = [
+        before_after({row: [Image.fromarray(clip[i]) for clip in clips] for row, clips in rows.items()}, captions)
+        for i in range(FRAMES)
+    ]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+    lines = [np.concatenate(list(clip), axis=1) for i in range(len(jobs)) for clip in (c[i] for c in rows.values())]
+    Image.fromarray(np.concatenate(lines)).save(path.with_suffix(".png"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_video"))
+    parser.add_argument("--winners_per_caption", type=int, default=2)
+    parser.add_argument("--per_caption", type=int, default=1, help="measured clips of each held-out emoji and motion")
+    parser.add_argument("--sample_seed", type=int, default=1_000, help="first seed of the measured clips")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    args, extra = parser.parse_known_args()
+    require_adapter()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    device, clock = "cuda" if torch.cuda.is_available() else "cpu", [time.time()]
+
+    def stage(name):
+        clock.append(time.time())
+        print(f"[{clock[-1] - clock[-2]:.0f} s] {name}", flush=True)
+
+    count = write_winners(args.output_dir / "winners", args.winners_per_caption)
+    stage(f"{count} winners written to {args.output_dir / 'winners'}")
+    train(training_command(args, extra))
+    stage("trained")
+
+    scorer, rows, results = load_scorer(), {}, {}
+    jobs = [(name, motion) for _ in range(args.per_caption) for motion in MOTIONS for name in HELD_OUT]
+    for model, aligned in (("base", None), ("aligned", args.output_dir / "aligned")):
+        rows[model] = sample(load_pipeline(device, aligned), jobs, args.sample_seed)
+        results[model] = measure(rows[model], jobs, scorer)
+    steady = [render(*job, TEST_SEEDS) for job in jobs]
+    results["real, steady"] = measure(steady, jobs, scorer)
+    flickering = [flicker(clip, *job, TEST_SEEDS) for clip, job in zip(steady, jobs)]
+    results["real, flickering"] = measure(flickering, jobs, scorer)
+    stage("sampled and measured")
+
+    shown = [row * len(HELD_OUT) + 2 * row + column for row in range(len(MOTIONS)) for column in range(2)]
+    animation(
+        {model: [clips[i] for i in shown] for model, clips in rows.items()},
+        [jobs[i] for i in shown],
+        args.output_dir / "before_after.gif",
+    )
+    (args.output_dir / "scores.json").write_text(json.dumps(results, indent=1))
+    print(f"\n{len(jobs)} clips of held-out emoji a model, same seeds, ± standard error\n")
+    print(f"{'clips':<18} {'flicker':>20} {'identity':>16}")
+    for model, result in results.items():
+        told = f"{result['flicker']:.5f} ± {result['flicker_error']:.5f}"
+        print(f"{model:<18} {told:>20} {result['identity']:>8.3f} ± {result['identity_error']:.3f}")
+    print(f"\nTotal {time.time() - clock[0]:.0f} s. Look at {args.output_dir / 'before_after.gif'}")
+
+
+if __name__ == "__main__":
+    main()
