@@ -703,15 +703,18 @@ class WinnerStream(torch.utils.data.IterableDataset):
     def sequence(self):
         epoch, offset = self.cursor
         while True:
-            found = offset > 0
+            found, ties = offset > 0, 0
             for row, example in self.winners.rows(epoch, offset):
                 offset += 1
                 if self.winners.streaming and not self.winners.has_winner(example):
+                    ties += 1
                     continue
                 found = True
                 yield epoch, row, example, (epoch, offset)
             if not found:
                 raise UserError("the data set has no winner: it is empty, or all its pairs are ties")
+            if ties and self.rank == 0:  # of a stream; elsewhere they are counted beforehand
+                logger.logger.info(f"{ties} ties dropped in epoch {epoch}.")
             epoch, offset = epoch + 1, 0
 
 

@@ -124,6 +124,16 @@ def test_every_form_gives_every_winner_with_its_caption(tmp_path, form, streamin
         assert len(winners) == COUNT
 
 
+def test_ties_of_a_stream_are_counted(tmp_path, caplog):
+    """At the end of each epoch, once for all processes."""
+    _, winners = winners_of(tmp_path, streaming=True, **make("pairs", tmp_path / "data"))
+    with caplog.at_level("INFO", "train_sspo_sd"):
+        for rank in (0, 1):
+            served(winners, 2 * COUNT, rank=rank, world=2)
+    assert [record.message for record in caplog.records][:2] == [f"4 ties dropped in epoch {i}." for i in (0, 1)]
+    assert len({record.message for record in caplog.records}) == len(caplog.records), "rank 1 is silent"
+
+
 @pytest.mark.parametrize("form", ["jsonl", "pairs"])
 def test_runs_on_files_and_on_streams(train, tmp_path, form):
     for streaming in (False, True):
