@@ -67,12 +67,17 @@ def training_command(args, extra):
         "rollout_steps": 10,
         "rollout_guidance_scale": 3.0,
     }
+    return launch_command("train_sspo_sd.py", settings, extra)
+
+
+def launch_command(script, settings, extra, threads=None):
+    """How one of the scripts is launched on this machine with these settings; `extra` wins. Threads: all, by default."""
     flags = [text for flag, value in settings.items() for text in (f"--{flag}", str(value))]
     launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.cuda.is_available():
-        launch += ["--cpu", "--num_cpu_threads_per_process", str(os.cpu_count())]
-    return [*launch, str(ROOT.parent / "train_sspo_sd.py"), *flags, "--cache_latents", *extra]
+        launch += ["--cpu", "--num_cpu_threads_per_process", str(threads or os.cpu_count())]
+    return [*launch, str(ROOT.parent / script), *flags, "--cache_latents", *extra]
 
 
 def train(command):

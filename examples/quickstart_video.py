@@ -27,7 +27,7 @@ import torch
 from diffusers import AnimateDiffPipeline, DPMSolverMultistepScheduler, MotionAdapter
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from quickstart import before_after, train
+from quickstart import before_after, launch_command, train
 from transformers.utils import logging as transformers_logging
 
 
@@ -67,12 +67,7 @@ def training_command(args, extra):
         "rollout_strength": 0.7,
         "rollout_guidance_scale": 5.0,
     }
-    flags = [text for flag, value in settings.items() for text in (f"--{flag}", str(value))]
-    launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if not torch.cuda.is_available():
-        launch += ["--cpu", "--num_cpu_threads_per_process", "1"]  # two threads are slower on a model this small
-    return [*launch, str(ROOT.parent / "train_sspo_video.py"), *flags, "--cache_latents", *extra]
+    return launch_command("train_sspo_video.py", settings, extra, threads=1)  # two are slower on a model this small
 
 
 def require_adapter():
