@@ -71,7 +71,7 @@ def training_command(args, extra):
 
 
 def launch_command(script, settings, extra, threads=None):
-    """How one of the scripts is launched on this machine with these settings; `extra` wins. Threads: all, by default."""
+    """How one of the scripts is launched on this machine with these settings; `extra` wins. All threads by default."""
     flags = [text for flag, value in settings.items() for text in (f"--{flag}", str(value))]
     launch = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
