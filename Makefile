@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: style
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -18,7 +18,9 @@ ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GL
 def launch(words, processes=1):
     """Starts the script by `accelerate launch`; two processes talk through gloo."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if processes > 1:
+        command += ["--multi_gpu", "--main_process_port", "0"]  # a free one: tests run side by side
     command = [str(word) for word in [*command, SCRIPT, *words]]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
