@@ -57,6 +57,7 @@ share its layout, so that what is compared is how it moves.
 """
 
 import argparse
+import copy
 import csv
 import functools
 import hashlib
@@ -73,7 +74,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -87,7 +88,13 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from datasets.utils.file_utils import xopen
 from diffusers import (
     AnimateDiffPipeline,
@@ -114,7 +121,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -133,6 +140,42 @@ SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --stre
 # Copied from train_sspo_sd.UserError
 class UserError(Exception):
     """Something the user can mend. Its message is one line: what is wrong, and what to do about it."""
+
+
+# Copied from train_sspo_sd.BadExample
+class BadExample(UserError):
+    """A winner that cannot be used: a picture that cannot be read, a caption that is no text."""
+
+
+# Copied from train_sspo_sd.writing
+@contextmanager
+def writing(what):
+    """
+    Around whatever writes to output_dir, also as a decorator: a full or read-only disk raises UserError.
+
+    That nothing else is lost is true because files are written beside their place, or appended to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save gives its own error no type, and does not tell what the system said
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what} cannot be written ({reason}); the checkpoints before are whole: when there is room, go on with "
+            "--resume_from_checkpoint latest"
+        ) from error
+
+
+# Copied from train_sspo_sd.check_whole
+def check_whole(path):
+    """Raises UserError if a safetensors file is not there or cut short. Reads no more than its header."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is {'cut short' if Path(path).exists() else 'gone'}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -185,6 +228,13 @@ def add_shared_arguments(parser):
         help="Share of pairs whose caption is dropped, for the winner and the rival alike.",
     )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load winners, a rank.")
+    group.add_argument(
+        "--on_bad_example",
+        choices=["stop", "skip"],
+        default="stop",
+        help="What to do about a winner that cannot be read. skip: the next one that can be takes its place, the log "
+        "names it, and data/skipped in the metrics counts such places.",
+    )
     group.add_argument(
         "--cache_latents",
         action="store_true",
@@ -306,7 +356,7 @@ def add_shared_arguments(parser):
     group.add_argument("--logging_dir", default="logs", help="Folder of the tracker's files, inside output_dir.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result when the run ends.")
     group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of output_dir.")
-    group.add_argument("--hub_token", help="Token for the push. It is never written down.")
+    group.add_argument("--hub_token", help="Token for the push, never written down. Default: the login's.")
 
 
 def add_clip_arguments(parser):
@@ -555,7 +605,7 @@ def read_winner(encoded, column, row, args, key):
     Returns:
         pixels (frames, 3, height, width) in -1..1 and geometry, see crop_picture; `frames` in it are those taken.
     Raises:
-        UserError: naming the clip that cannot be read, or is too short.
+        BadExample: naming the clip that cannot be read, or is too short.
     """
     path, content = encoded if isinstance(encoded, str) else None, encoded if isinstance(encoded, bytes) else None
     if isinstance(encoded, dict):
@@ -563,25 +613,25 @@ def read_winner(encoded, column, row, args, key):
     name = f"the clip {path or column} in row {row}"
     try:
         frames, indices = read_frames(path, content, functools.partial(choose_frames, args=args, key=key, name=name))
-    except UserError:
+        cropped = [crop_picture(frame, args, keyed_generator("crop", *key)) for frame in frames]
+    except BadExample:
         raise
     except Exception as error:  # PyAV's errors are OSError, ValueError, LookupError, ...
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} cannot be read ({reason}): repair or remove it") from error
-    cropped = [crop_picture(frame, args, keyed_generator("crop", *key)) for frame in frames]
+        raise BadExample(f"{name} cannot be read ({reason})") from error
     return torch.stack([pixels for pixels, _ in cropped]), {**cropped[0][1], "frames": tuple(indices)}
 
 
 def choose_frames(count, args, key, name):
-    """Which frames of a clip of `count` are trained on, in order. Raises UserError if it has too few."""
+    """Which frames of a clip of `count` are trained on, in order. Raises BadExample if it has too few."""
     stride, frames = args.frame_stride, args.num_frames
     if count == 0:
-        raise UserError(f"{name} has no frames: remove it")
+        raise BadExample(f"{name} has no frames")
     needed = (frames - 1) * stride + 1 if stride else frames
     if count < needed:
-        advice = "lower --frame_stride (0 spreads the frames over the whole clip)" if stride else "lower --num_frames"
-        raise UserError(
-            f"{name} has {count} frames, and {frames} at --frame_stride {stride} need {needed}: remove it, or {advice}"
+        advice = "--frame_stride (0 spreads them over the whole clip)" if stride else "--num_frames"
+        raise BadExample(
+            f"{name} has {count} frames, and {frames} at --frame_stride {stride} need {needed}; lower {advice}"
         )
     if not stride:
         return [round(i * (count - 1) / max(frames - 1, 1)) for i in range(frames)]
@@ -652,7 +702,7 @@ class Winners:
         self.dataset = open_undecoded(args)
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
-        first = next(iter(self.dataset), None)
+        first = next((example for _, example in self.read(self.dataset)), None)
         if first is None:
             raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
         columns = list(first)
@@ -661,6 +711,7 @@ class Winners:
         if not self.pairs:
             self.column = self.find_column(MEDIUM, MEDIUM_COLUMNS, columns)
         self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], columns)
+        self.first_caption = str(first[self.caption_column])[:100]  # by which another data set is told from this one
 
         if self.streaming:
             self.dataset = self.dataset.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
@@ -690,29 +741,45 @@ class Winners:
         """Yields (row, reference to its example) in the order of `epoch`, from the `offset`-th on."""
         if self.streaming:
             self.dataset.set_epoch(epoch)
-            yield from itertools.islice(enumerate(self.dataset), offset, None)
+            yield from itertools.islice(self.read(self.dataset), offset, None)
         else:
             order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
             yield from ((row, row) for row in order[offset:].tolist())
+
+    @staticmethod
+    def read(dataset):
+        """Yields (row, example). Raises UserError where the data set itself cannot be read on."""
+        row = -1
+        try:
+            for row, example in enumerate(dataset):
+                yield row, example
+        except Exception as error:  # as in open_dataset
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise UserError(f"the data set cannot be read on behind its row {row}: {reason}") from error
 
     def has_winner(self, example):
         """Whether this is a picture by itself, or a pair of which one was preferred."""
         return not self.pairs or (example["label_0"] in (0, 1) and example.get("has_label", True))
 
-    def load(self, row, example, epoch):
+    def load(self, row, example, place):
         """
         Makes one training example.
 
+        Args:
+            row, example: see rows.
+            place: (epoch, row) in the order, by which its draws are keyed. The row is another one where this winner
+                stands in for one that cannot be read.
         Returns:
-            dict with `epoch` and `row` (its key), `caption`, `dropped` (whether the caption is), `pixels` and
+            dict with `epoch` and `row` (the place), `caption`, `dropped` (whether the caption is), `pixels` and
             `geometry` (see read_winner).
         Raises:
-            UserError: naming the winner that cannot be read or the caption that is not text.
+            BadExample: naming the winner that cannot be read or the caption that is not text.
         """
         if not self.streaming:
             example = self.dataset[row]
         column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.column
-        key = (self.args.seed, 0 if self.args.cache_latents else epoch, row)
+        epoch, slot = place
+        key = (self.args.seed, 0 if self.args.cache_latents else epoch, slot)
         pixels, geometry = read_winner(example[column], column, row, self.args, key)
         caption = example[self.caption_column]
         if isinstance(caption, (list, np.ndarray)) and len(caption):
@@ -720,9 +787,9 @@ class Winners:
         if isinstance(caption, bytes):
             caption = caption.decode(errors="replace")
         if not isinstance(caption, str):
-            raise UserError(f"the caption in row {row} is {caption!r}, not text: mend column {self.caption_column}")
-        dropped = is_dropped(self.args, epoch, row)
-        return dict(epoch=epoch, row=row, caption=caption, dropped=dropped, pixels=pixels, geometry=geometry)
+            raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
+        dropped = is_dropped(self.args, *place)
+        return dict(epoch=epoch, row=slot, caption=caption, dropped=dropped, pixels=pixels, geometry=geometry)
 
 
 # Copied from train_sspo_sd.is_dropped
@@ -762,6 +829,8 @@ def crop_picture(picture, args, generator):
     original_size = (picture.height, picture.width)
     scale = max(height / picture.height, width / picture.width)
     resized = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    if resized[0] * resized[1] > 2 * Image.MAX_IMAGE_PIXELS:  # PIL's own limit for a picture that is opened
+        raise ValueError(f"{picture.width} x {picture.height} pixels is too long for a crop of {width} x {height}")
     spare = (resized[0] - width, resized[1] - height)
     place = torch.rand(2, generator=generator)  # drawn in any case: the flip must not depend on --center_crop
     left, top = (round(extent * (0.5 if args.center_crop else draw)) for extent, draw in zip(spare, place.tolist()))
@@ -788,12 +857,13 @@ class WinnerStream(torch.utils.data.IterableDataset):
 
     The sequence is the same for every layout: `world` x `batch_size` consecutive winners make one micro-batch of all
     processes, of which this one takes every `world`-th. No row is left over at the end of an epoch, and a data set
-    smaller than a batch simply comes round again.
+    smaller than a batch simply comes round again. With --on_bad_example skip the place of a winner that cannot be read
+    is taken by the next one of the sequence that can be; that one's own place, and every draw, stays what it is.
 
     Yields:
-        (examples, cursor): a list of `batch_size` dicts (see Winners.load), and the (epoch, offset) from which a new
-        stream goes on behind this micro-batch. A UserError is yielded, not raised: what is raised in a loader process
-        arrives with its whole traceback.
+        (examples, cursor): a list of `batch_size` dicts (see Winners.load; a stand-in has `skipped`, why it stands
+        there), and the (epoch, offset) from which a new stream goes on behind this micro-batch. A UserError is
+        yielded, not raised: what is raised in a loader process arrives with its whole traceback.
     """
 
     def __init__(self, winners, load, batch_size, rank=0, world=1, cursor=(0, 0)):
@@ -810,16 +880,33 @@ class WinnerStream(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         worker, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         mine, taken = [], 0
-        for epoch, row, example, cursor in self.sequence():
+        (sequence,) = itertools.tee(self.sequence(), 1)  # a copy of it can look ahead
+        for epoch, row, example, cursor in sequence:
             index, slot = divmod(taken, self.world * self.batch_size)
             taken += 1
             if index % workers != worker:
                 continue
             if slot % self.world == self.rank:
-                mine.append(self.load(row, example, epoch))
+                mine.append(self.serve(epoch, row, example, sequence))
             if slot == self.world * self.batch_size - 1:
                 yield mine, cursor
                 mine = []
+
+    def serve(self, epoch, row, example, sequence):
+        """The example for one place, or the stand-in that --on_bad_example skip puts there."""
+        place = (epoch, row)
+        try:
+            return self.load(row, example, place)
+        except BadExample as error:
+            if self.winners.args.on_bad_example == "stop":
+                raise stop_at(error) from error
+            reason = str(error)
+        for ahead, row, example, _ in copy.copy(sequence):
+            if ahead > epoch + 1:
+                break
+            with suppress(BadExample):  # it is named when its own place comes
+                return {**self.load(row, example, place), "skipped": reason}
+        raise UserError(f"no winner can be read in a whole epoch, the first because {reason}")
 
     def sequence(self):
         epoch, offset = self.cursor
@@ -839,20 +926,65 @@ class WinnerStream(torch.utils.data.IterableDataset):
             epoch, offset = epoch + 1, 0
 
 
-# Copied from train_sspo_sd.make_loader
-def make_loader(winners, load, args, accelerator, cursor):
-    """The iterator over this process's micro-batches from `cursor` on; raises the stream's UserErrors."""
-    stream = WinnerStream(
-        winners, load, args.train_batch_size, accelerator.process_index, accelerator.num_processes, cursor
-    )
-    # datasets deals a stream's shards out to loader processes, which would change the order with their number.
-    workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
-    for examples, cursor in torch.utils.data.DataLoader(
-        stream, batch_size=None, collate_fn=tuple, num_workers=workers, persistent_workers=False
-    ):
+# Copied from train_sspo_sd.stop_at
+def stop_at(error):
+    """What a BadExample says when it stops the run. Without the row the order, and so the run, would be another."""
+    return UserError(f"{error}: mend it, or go on without it by --on_bad_example skip")
+
+
+# Copied from train_sspo_sd.leave_group
+def leave_group(worker):
+    """For loader processes: a signal to the whole group must not take them from the update in flight."""
+    if hasattr(os, "setpgrp"):  # there are no groups on Windows
+        os.setpgrp()
+
+
+# Copied from train_sspo_sd.Loader
+class Loader:
+    """
+    The iterator over this process's micro-batches from `cursor` on; raises the stream's UserErrors.
+
+    `skipped` collects why winners were skipped in the micro-batches that were served.
+    """
+
+    def __init__(self, winners, load, args, accelerator, cursor):
+        self.accelerator, self.skipped, self.named = accelerator, [], set()
+        stream = WinnerStream(
+            winners, load, args.train_batch_size, accelerator.process_index, accelerator.num_processes, cursor
+        )
+        self.batches = iter(
+            torch.utils.data.DataLoader(
+                stream,
+                batch_size=None,
+                collate_fn=tuple,
+                # datasets would deal a stream's shards out to several of them, and so change the order.
+                num_workers=min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers,
+                worker_init_fn=leave_group,
+            )
+        )
+
+    def __next__(self):
+        examples, cursor = next(self.batches)
         if isinstance(examples, UserError):
             raise examples
-        yield examples, cursor
+        self.skipped += [example.pop("skipped") for example in examples if "skipped" in example]
+        return examples, cursor
+
+    def name_skipped(self):
+        """
+        Names in the log, each once, the winners that were skipped on any process since this was called last.
+
+        Returns:
+            the number of places in the batches that stand-ins took.
+        """
+        count = torch.tensor(float(len(self.skipped)), device=self.accelerator.device)
+        count = int(self.accelerator.reduce(count, "sum"))
+        for reason in gather_object(self.skipped) if count else ():
+            if reason not in self.named:
+                logger.warning(f"Skipped: {reason}.")
+            self.named.add(reason)
+        self.skipped = []
+        return count
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1121,6 +1253,7 @@ def load_denoiser(denoiser, args, directory):
         denoiser.load_motion_modules(MotionAdapter.from_pretrained(directory, subfolder="motion_adapter"))
 
 
+@writing("the result")
 def save_result(models, args):
     """Writes what the stock pipeline loads: LoRA weights, or the motion adapter."""
     if args.train_mode == "lora":
@@ -1243,6 +1376,14 @@ class ReplayBank:
             return live[-1]
         return live[torch.randint(len(live), (), generator=keyed_generator("reference", self.seed, iteration)).item()]
 
+    def check(self, step, last_step, replay_steps):
+        """Raises UserError if an entry that a run draws between these two steps, and does not push itself, is gone."""
+        first = step // replay_steps + 1
+        drawn = {self.draw(iteration) for iteration in range(first, math.ceil(last_step / replay_steps) + 1)}
+        for index in sorted(drawn & set(range(first))):
+            check_whole(self.path(index))
+
+    @writing("the replay bank")
     def push(self, index, weights):
         """Writes entry `index`: beside its place first, so that a crash leaves no half entry."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -1252,10 +1393,8 @@ class ReplayBank:
 
     def load(self, index):
         """Entry `index`, a dict of CPU tensors. Raises UserError if it is gone."""
-        try:
-            return load_file(self.path(index))
-        except OSError as error:
-            raise UserError(f"the replay entry {self.path(index)} is gone: the run cannot go on without it") from error
+        check_whole(self.path(index))
+        return load_file(self.path(index))
 
     def evict(self, iterations):
         """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
@@ -1498,11 +1637,14 @@ def collate(examples, empty_prompt, args, device):
 
 # Copied from train_sspo_sd.load_rows
 def load_rows(winners, rows):
-    """The examples of `rows` in their first epoch, or the UserError of one; returned for WinnerStream's reason."""
-    try:
-        return [winners.load(row, row, epoch=0) for row in rows]
-    except UserError as error:
-        return error
+    """The examples of `rows` in their first epoch, and of those that are bad the reasons, by row."""
+    examples, bad = [], {}
+    for row in rows:
+        try:
+            examples.append(winners.load(row, row, place=(0, row)))
+        except BadExample as error:  # returned for WinnerStream's reason
+            bad[str(row)] = str(error)
+    return examples, bad
 
 
 # Copied from train_sspo_sd.LatentCache
@@ -1511,6 +1653,7 @@ class LatentCache:
     Encoded winners on disk: files of CHUNK rows, written once, each process its share, and read by memory map.
 
     A file that is there is complete (it is renamed into its place), so an interrupted run goes on where it stopped.
+    Rows that cannot be read are noted in the files' metadata, with the reason.
     """
 
     CHUNK = 64
@@ -1522,29 +1665,36 @@ class LatentCache:
         return self.directory / f"rows-{row // self.CHUNK}.safetensors"
 
     def fill(self, models, winners, accelerator):
-        self.directory.mkdir(parents=True, exist_ok=True)
         chunks = range(accelerator.process_index, math.ceil(len(winners) / self.CHUNK), accelerator.num_processes)
         for chunk in tqdm(chunks, desc="caching latents", disable=not accelerator.is_local_main_process):
             first = chunk * self.CHUNK
-            if self.path(first).exists():
+            with suppress(UserError):
+                check_whole(self.path(first))
                 continue
-            tensors = {}
+            tensors, bad = {}, {}
             rows = range(first, min(first + self.CHUNK, len(winners)))
-            for examples in torch.utils.data.DataLoader(
+            for examples, reasons in torch.utils.data.DataLoader(
                 rows,
                 self.args.train_batch_size,
                 collate_fn=functools.partial(load_rows, winners),
                 num_workers=self.args.dataloader_num_workers,
             ):
-                if isinstance(examples, UserError):
-                    raise examples
-                encode_examples(models, examples)
+                if reasons and self.args.on_bad_example == "stop":
+                    raise stop_at(next(iter(reasons.values())))
+                bad.update(reasons)
+                if examples:
+                    encode_examples(models, examples)
                 for example in examples:
                     tensors.update(self.flatten(example))
-            partial = self.path(first).with_suffix(".partial")
-            save_file(tensors, partial)
-            os.replace(partial, self.path(first))
+            self.write(first, tensors, bad)
         accelerator.wait_for_everyone()
+
+    @writing("the cache of latents")
+    def write(self, row, tensors, bad):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.path(row).with_suffix(".partial")
+        save_file(tensors, partial, metadata=bad)
+        os.replace(partial, self.path(row))
 
     @staticmethod
     def flatten(example):
@@ -1553,8 +1703,8 @@ class LatentCache:
         parts.update({f"geometry/{name}": torch.tensor(value) for name, value in example["geometry"].items()})
         return {f"{example['row']}/{name}": value.cpu().contiguous() for name, value in parts.items()}
 
-    def load(self, row, _, epoch):
-        """The example of Winners.load, already encoded."""
+    def load(self, row, _, place):
+        """The example of Winners.load, already encoded. Raises BadExample if it could not be read."""
         path = self.path(row)
         if path not in self.handles:
             if len(self.handles) == 64:
@@ -1563,9 +1713,11 @@ class LatentCache:
             names = {}
             for key in file.keys():
                 names.setdefault(int(key.split("/", 1)[0]), []).append(key)
-            self.handles[path] = file, names
-        file, names = self.handles[path]
-        example = {"epoch": epoch, "row": row, "dropped": is_dropped(self.args, epoch, row)}
+            self.handles[path] = file, names, file.metadata() or {}
+        file, names, bad = self.handles[path]
+        if str(row) in bad:
+            raise BadExample(bad[str(row)])
+        example = {"epoch": place[0], "row": place[1], "dropped": is_dropped(self.args, *place)}
         for key in names[row]:
             value, (_, *name) = file.get_tensor(key), key.split("/")
             if len(name) == 1:
@@ -1594,11 +1746,11 @@ def cache_directory(args, winners, dtype):
 # anew as long as its global size stays.
 # Copied from train_sspo_sd.FREE_TO_CHANGE
 FREE_TO_CHANGE = set(
-    "cache_dir dataloader_num_workers rollout_batch_size train_batch_size gradient_accumulation_steps max_train_steps "
-    "num_train_epochs gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention output_dir "
-    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps "
-    "num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id hub_token dataset_name "
-    "train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path "
+    "cache_dir dataloader_num_workers on_bad_example rollout_batch_size train_batch_size gradient_accumulation_steps "
+    "max_train_steps num_train_epochs gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention "
+    "output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts "
+    "validation_steps num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id "
+    "hub_token dataset_name train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path "
     "motion_adapter_name_or_path".split()
 )
 
@@ -1612,16 +1764,70 @@ def run_settings(args, accelerator, winners):
         args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     )
     settings["number of winners"] = None if args.streaming else len(winners)
+    settings["first caption"] = winners.first_caption
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        settings["max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
+
+
+# Copied from train_sspo_sd.replay_directory
+def replay_directory(args):
+    """Where the bank is: beside the checkpoints, which may be deleted while it is needed."""
+    return Path(args.output_dir, "replay")
 
 
 # Copied from train_sspo_sd.list_checkpoints
 def list_checkpoints(output_dir):
-    """The complete checkpoints in output_dir, the oldest first."""
+    """The checkpoints in output_dir, the oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(
-        (path for path in found if (path / "run.json").is_file()), key=lambda path: int(path.name.split("-")[1])
-    )
+    return sorted(found, key=checkpoint_step)
+
+
+# Copied from train_sspo_sd.checkpoint_step
+def checkpoint_step(path):
+    """The number of updates behind a checkpoint."""
+    return int(path.name.split("-")[1])
+
+
+# Copied from train_sspo_sd.read_checkpoint
+def read_checkpoint(path, args):
+    """
+    The record of a checkpoint.
+
+    Raises:
+        UserError: if a file of it, or an entry of the replay bank that the run will draw, is gone or cut short.
+    """
+    try:
+        record = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'run.json'} cannot be read") from error
+    for name, size in record.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is gone")
+        if file.stat().st_size != size:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, not {size}")
+    settings = record["settings"]
+    if settings["loss_type"] == "sspo":
+        bank = ReplayBank(replay_directory(args), settings["replay_size"], settings["reference"], settings["seed"])
+        bank.check(record["step"], args.max_train_steps, settings["replay_steps"])
+    return record
+
+
+# Copied from train_sspo_sd.newest_checkpoint
+def newest_checkpoint(checkpoints, args):
+    """The newest of `checkpoints` that is whole, and its record. Raises UserError if none is."""
+    reasons = []
+    for path in reversed(checkpoints):
+        try:
+            record = read_checkpoint(path, args)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            logger.warning(f"{reason}: {path.name} is taken instead.")
+        return path, record
+    raise UserError(f"no checkpoint in {args.output_dir} is whole: {reasons[0]}; start anew in another --output_dir")
 
 
 # Copied from train_sspo_sd.find_checkpoint
@@ -1630,7 +1836,7 @@ def find_checkpoint(args, settings):
     The checkpoint to go on from and its record, or (None, None) for a new run.
 
     Raises:
-        UserError: if the one that is asked for is not there or belongs to a run with other settings, or if a new run
+        UserError: if the one that is asked for is not whole or belongs to a run with other settings, or if a new run
             would overwrite the results of an old one.
     """
     checkpoints = list_checkpoints(args.output_dir)
@@ -1645,19 +1851,24 @@ def find_checkpoint(args, settings):
         if not checkpoints:
             logger.info(f"{args.output_dir} has no checkpoint yet: this is a new run.")
             return None, None
-        checkpoint = checkpoints[-1]
+        checkpoint, record = newest_checkpoint(checkpoints, args)
     else:
         checkpoint = Path(args.resume_from_checkpoint)
         if not checkpoint.is_dir():
             checkpoint = Path(args.output_dir, args.resume_from_checkpoint)
-        if not (checkpoint / "run.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a complete checkpoint")
-    record = json.loads((checkpoint / "run.json").read_text())
+        try:
+            record = read_checkpoint(checkpoint, args)
+        except UserError as error:
+            raise UserError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a complete checkpoint: {error}"
+            ) from error
     for name, value in settings.items():
-        if record["settings"].get(name) != value:
+        if name not in record["settings"]:  # of a version that did not have it
+            logger.warning(f"{checkpoint} does not tell {name}: it is taken to have been {value}.")
+        elif record["settings"][name] != value:
             flag = f"--{name}" if hasattr(args, name) else name
             raise UserError(
-                f"{checkpoint} was made with {flag} {record['settings'].get(name)}, not {value}: go on with that, or "
+                f"{checkpoint} was made with {flag} {record['settings'][name]}, not {value}: go on with that, or "
                 "start anew in another --output_dir"
             )
     return checkpoint, record
@@ -1680,7 +1891,24 @@ def register_checkpoint_hooks(accelerator, models, args):
     accelerator.register_load_state_pre_hook(load)
 
 
+# Copied from train_sspo_sd.load_checkpoint
+def load_checkpoint(accelerator, checkpoint):
+    """
+    Reads what save_checkpoint wrote. Pickles are read for their tensors alone: code in them is refused, not run.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    try:
+        accelerator.load_state(checkpoint)
+    except Exception as error:  # whatever torch, safetensors and diffusers say to damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{checkpoint} cannot be loaded: {reason}; go on from another checkpoint") from error
+    accelerator.step = 0  # it counts micro-batches, and the accumulation may have changed
+
+
 # Copied from train_sspo_sd.save_checkpoint
+@writing("a checkpoint")
 def save_checkpoint(accelerator, args, record):
     """
     Writes checkpoint-N beside its place and renames it, then deletes those past --checkpoints_total_limit.
@@ -1692,7 +1920,8 @@ def save_checkpoint(accelerator, args, record):
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / "run.json").write_text(json.dumps(record, indent=1))
+        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+        (partial / "run.json").write_text(json.dumps({**record, "files": files}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         if args.checkpoints_total_limit is not None:
@@ -1708,8 +1937,8 @@ def save_checkpoint(accelerator, args, record):
 class StopSignal:
     """Notes SIGTERM and SIGINT, so that the loop can save and stop; a second one stops at once."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, accelerator):
+        self.number, self.accelerator = 0, accelerator
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1724,11 +1953,17 @@ class StopSignal:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def agreed(self):
+        """The number of the signal, or 0: the same on every process, also if only one of them got it."""
+        number = torch.tensor(float(self.number), device=self.accelerator.device)
+        return int(self.accelerator.gather(number).max())
+
 
 # Copied from train_sspo_sd.MetricsFile
 class MetricsFile:
     """metrics.jsonl: one object an update. On resume, what came after the checkpoint is taken out."""
 
+    @writing("metrics.jsonl")
     def __init__(self, path, first_step):
         lines = []
         if first_step and path.exists():
@@ -1743,9 +1978,12 @@ class MetricsFile:
         partial.write_text("".join(f"{line}\n" for line in lines))
         os.replace(partial, path)
 
+    @writing("metrics.jsonl")
     def write(self, metrics):
+        """Adds a line. What is not finite, as grad_norm where fp16 overflows, becomes null: JSON knows no infinity."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1757,6 +1995,7 @@ SAMPLES = "gif"  # the kind of file in samples/ that the model card shows
 STRIP = 8  # frames of a clip in its strip, at most
 
 
+@writing("samples")
 def write_samples(rows, args, step, trackers):
     """
     Writes samples/step-N.gif and hands it to the trackers. `rows` are lists of what decode_latents gives.
@@ -1833,6 +2072,10 @@ class Validation:
         models.vae.to(home)
         return pictures
 
+    def due(self, step):
+        """Whether samples are to be made after update `step`."""
+        return step % self.args.validation_steps == 0 or step == self.args.max_train_steps
+
     def write(self, step):
         if self.accelerator.is_main_process:
             columns, current = len(self.args.validation_prompts), self.sample()
@@ -1860,12 +2103,9 @@ def usage(args):
 
 
 # Copied from train_sspo_sd.write_model_card
+@writing("the model card")
 def write_model_card(args, step):
     """README.md: what this model is, the command that made it, and its last samples."""
-    command = list(sys.argv)
-    for i, word in enumerate(command):  # the token must not get out
-        if word.startswith("--hub_token"):
-            command[i : i + 1 if "=" in word else i + 2] = ["--hub_token=..."]
     lora = args.train_mode == "lora"
     local = Path(args.pretrained_model_name_or_path).exists()  # the hub takes names of repositories only
     data = ModelCardData(
@@ -1898,23 +2138,38 @@ def write_model_card(args, step):
 
 ## Command
 ```bash
-{shlex.join(["accelerate", "launch", Path(command[0]).name, *command[1:]])}
+{shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]])}
 ```
 """
     ModelCard(text).save(Path(args.output_dir, "README.md"))
 
 
+# Copied from train_sspo_sd.hide_token
+def hide_token(argv):
+    """Takes the hub's token out of a command line, in place: model card and trackers write sys.argv down."""
+    for i, word in enumerate(argv):
+        if word.startswith("--hub_token"):
+            argv[i : i + 1 if "=" in word else i + 2] = ["--hub_token=..."]
+
+
 # Copied from train_sspo_sd.push_to_hub
 def push_to_hub(args):
+    """Uploads the result. Raises UserError if the hub does not take it."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    upload_folder(
-        repo_id=repository,
-        folder_path=args.output_dir,
-        commit_message="SSPO training",
-        ignore_patterns=["checkpoint-*", "replay/*", "cache/*", f"{args.logging_dir}/*"],
-        token=args.hub_token,
-    )
+    try:
+        repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            commit_message="SSPO training",
+            ignore_patterns=["checkpoint-*", "replay/*", "cache/*", f"{args.logging_dir}/*"],
+            token=args.hub_token,
+        )
+    except Exception as error:  # of the hub, of the network below it, of the token
+        reason = " ".join(str(error).split())[:300]
+        if args.hub_token:
+            reason = reason.replace(args.hub_token, "...")
+        raise UserError(f"the result is in {args.output_dir}, but the hub did not take it: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2074,6 +2329,7 @@ def check_finite(metrics, accelerator):
 def train(policy, models, optimizer, schedule, loader, bank, validation, empty_prompt, record, args, accelerator):
     """The loop over updates, from record["step"] on. Returns the number of the signal that stopped it, or 0."""
     step, loaded_reference, sspo = record["step"], None, args.loss_type == "sspo"
+    saved, validated = step, 0
     if accelerator.is_main_process:
         for leftover in Path(args.output_dir).glob("checkpoint-*.partial"):  # of a run that was killed
             shutil.rmtree(leftover)
@@ -2085,8 +2341,21 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
     )
-    with StopSignal() as stop, progress:
-        while step < args.max_train_steps:
+    with StopSignal(accelerator) as stop, progress:
+        while True:
+            signalled = stop.agreed()
+            if signalled:
+                if saved != step:
+                    save_checkpoint(accelerator, args, record)
+                return signalled
+            # Samples of the step that a run goes on from are made again: it may have been killed while it made them.
+            if validation is not None and validated != step and validation.due(step):
+                validation.write(step)
+                validated = step
+                continue  # a signal may have come in the meantime
+            if step >= args.max_train_steps:
+                return 0
+
             iteration = step // args.replay_steps + 1
             if sspo and bank.draw(iteration) != loaded_reference:
                 loaded_reference = bank.draw(iteration)
@@ -2096,18 +2365,22 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                 metrics, cursor = update(policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator)
             except FloatingPointError as error:
                 good = list_checkpoints(args.output_dir)
-                good = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
                 raise UserError(
-                    f"update {step + 1} is not finite ({error}); {good}; try a lower --learning_rate or --beta_dpo"
+                    f"update {step + 1} is not finite ({error}); the last good checkpoint is "
+                    f"{good[-1] if good else 'none'}, to go on from if a fault of the machine was the cause; if not, "
+                    "start anew in another --output_dir with a lower --learning_rate or --beta_dpo"
                 ) from error
             step += 1
             record.update(step=step, cursor=cursor)
 
             if sspo:
                 metrics["reference/index"] = loaded_reference
+            if args.on_bad_example == "skip":
+                metrics["data/skipped"] = loader.name_skipped()
             if accelerator.is_main_process:
                 metrics_file.write({"step": step, **metrics})
-            accelerator.log(metrics, step=step)
+            with writing("the tracker's log"):
+                accelerator.log(metrics, step=step)
             progress.update()
             shown = {"loss": "loss", "dpo": "dpo_fraction", "gap_w": "gap/winner", "gap_r": "gap/rival"}
             progress.set_postfix({k: f"{metrics[v]:.3g}" for k, v in shown.items() if v in metrics})
@@ -2117,23 +2390,17 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                 if accelerator.is_main_process:
                     bank.push(iteration, policy_weights(models, args))
                 accelerator.wait_for_everyone()
-            # Every process must take the same way, also when only one of them got the signal.
-            signals = accelerator.reduce(torch.tensor(float(stop.number), device=accelerator.device), "sum")
-            stopped = stop.number or (signal.SIGTERM if signals else 0)
-            if step % args.checkpointing_steps == 0 or stopped:
+            if step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, args, record)
+                saved = step
             if pushing and accelerator.is_main_process:
-                saved = (int(path.name.split("-")[1]) for path in list_checkpoints(args.output_dir))
-                bank.evict([steps // args.replay_steps + 1 for steps in (step, *saved)])
-            if stopped:
-                return stopped
-            if validation is not None and (step % args.validation_steps == 0 or step == args.max_train_steps):
-                validation.write(step)
-    return 0
+                steps = (step, *map(checkpoint_step, list_checkpoints(args.output_dir)))
+                bank.evict([step // args.replay_steps + 1 for step in steps])
 
 
 # Copied from train_sspo_sd.main
 def main(args):
+    hide_token(sys.argv)
     check_environment(args)
     accelerator = make_accelerator(args)
     winners = Winners(args)
@@ -2165,15 +2432,15 @@ def main(args):
         load = cache.load
         for module in models.encoders:
             module.to("cpu")
-    bank = ReplayBank(Path(args.output_dir, "replay"), args.replay_size, args.reference, args.seed)
-    loader = make_loader(winners, load, args, accelerator, tuple(record["cursor"]))
+    bank = ReplayBank(replay_directory(args), args.replay_size, args.reference, args.seed)
+    loader = Loader(winners, load, args, accelerator, tuple(record["cursor"]))
     if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        accelerator.step = 0  # it counts micro-batches, and the accumulation may have changed
+        load_checkpoint(accelerator, checkpoint)
     if accelerator.is_main_process and args.report_to != "none":
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         config.pop("hub_token")
-        accelerator.init_trackers(args.tracker_project_name, config=config)
+        with writing("the tracker's log"):
+            accelerator.init_trackers(args.tracker_project_name, config=config)
 
     count = "a stream of" if args.streaming else len(winners)
     ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
@@ -2191,7 +2458,8 @@ def main(args):
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with writing("the tracker's log"):
+        accelerator.end_training()
     if stopped:
         sys.exit(128 + stopped)
 
@@ -2201,3 +2469,5 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:  # before there is anything to save, or the second one
+        sys.exit(128 + signal.SIGINT)

@@ -91,4 +91,5 @@ def train(sd, winners, tmp_path):
         script.main(script.parse_args(flags(model, data, tmp_path / name, **options)))
         return Run(tmp_path / name)
 
+    run.directory = tmp_path
     return run

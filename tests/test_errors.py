@@ -138,7 +138,7 @@ def test_caption_that_is_no_text_is_named(train, tmp_path):
     tiny.folder_of_winners(folder, 2)
     rows = [{"file_name": "0.png", "text": "a red circle"}, {"file_name": "1.png", "text": None}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(train, "the caption in row 1 is None", data=folder)
+    refused(train, "the caption in row 1, column text, is None, not text: .*--on_bad_example skip", data=folder)
 
 
 def test_output_dir_that_cannot_be_written(train, early, tmp_path):
