@@ -101,7 +101,7 @@ def in_child(train, prepare, *names, **options):
 
 
 def assert_as_never_stopped(whole, again):
-    """Every update once, and the same bits: weights, optimizer, bank, metrics, samples. Nothing half written is left."""
+    """Every update once, the same bits in weights, optimizer, bank, metrics and samples, nothing half written."""
     assert [line["step"] for line in again.metrics] == list(range(1, len(whole.metrics) + 1))
     assert_same_result(whole, again)
     for path in whole.path.glob("checkpoint-*/optimizer.bin"):
@@ -164,10 +164,10 @@ def test_stopped_run_saves_within_its_update_and_ends_as_if_never_stopped(train,
     point, step = SIGNALS[what]
     options = dict(OPTIONS, cache_latents=what == "caching")
     code = in_child(train, lambda: at(point, send(number)), "stopped", **options)
-    run = Run(options_path := train.directory / "stopped")
+    run = Run(train.directory / "stopped")
     if step is None:
         assert code == (-signal.SIGTERM if number == signal.SIGTERM else 130), "at once"
-        assert not (options_path / "metrics.jsonl").exists()
+        assert not (run.path / "metrics.jsonl").exists()
     else:
         assert code == 128 + number
         assert len(run.metrics) == step
