@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart test style fix-copies clean
+.PHONY: help quickstart test test-faults style fix-copies clean
 
 help:
 	@echo "make quickstart   align the embedded model with SSPO, print its scores, draw before and after"
 	@echo "make test         style and tests"
+	@echo "make test-faults  the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make fix-copies   rewrite the functions that the scripts share from train_sspo_sd.py"
 	@echo "make clean        delete what the two above made"
 
@@ -23,6 +24,9 @@ quickstart: $(VENV)/installed
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
+
+test-faults: $(VENV)/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m long
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

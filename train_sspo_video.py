@@ -2458,6 +2458,8 @@ def main(args):
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.wait_for_everyone()
+    # The wrapped policy must not outlive the process group: gloo's threads and Python would wait for each other.
+    policy, optimizer, schedule = accelerator.free_memory(policy, optimizer, schedule)
     with writing("the tracker's log"):
         accelerator.end_training()
     if stopped:

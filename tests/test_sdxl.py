@@ -24,6 +24,7 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_training import LAYOUT, assert_same_but_for_rounding
 
 import train_sspo_sdxl as script
 
@@ -373,6 +374,12 @@ def test_resumed_run_ends_as_if_never_stopped(train_xl, oblongs, options):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), path
     timeless = [[{k: v for k, v in line.items() if "time/" not in k} for line in r.metrics] for r in (whole, cut)]
     assert timeless[0] == timeless[1]
+
+
+def test_layout_of_the_batch_does_not_matter_to_sdxl(train_xl, oblongs):
+    whole = train_xl("whole", data=oblongs, train_batch_size=4, **LAYOUT)
+    parts = dict(train_batch_size=1, gradient_accumulation_steps=4, rollout_batch_size=1)
+    assert_same_but_for_rounding(whole, train_xl("parts", data=oblongs, **parts, **LAYOUT))
 
 
 def test_two_processes_make_the_losses_of_one(train_xl, sdxl, oblongs, tmp_path):

@@ -191,11 +191,30 @@ def test_caption_is_dropped_for_both_halves(train, monkeypatch):
     ],
 )
 def test_layout_of_the_batch_does_not_matter(train, options):
-    common = dict(max_train_steps=5, center_crop=False, random_flip=True, proportion_empty_prompts=0.3)
-    whole = train("whole", train_batch_size=4, **common)
-    parts = train("parts", **options, **common)
-    assert parts.column("loss") == pytest.approx(whole.column("loss"), rel=1e-3)
-    assert parts.column("mse/policy_rival") == pytest.approx(whole.column("mse/policy_rival"), rel=1e-5)
+    assert_same_but_for_rounding(train("whole", train_batch_size=4, **LAYOUT), train("parts", **options, **LAYOUT))
+
+
+# AdamW divides a gradient by its own size, so one that is but rounding moves its weight as far as any, and anywhere.
+# With an epsilon above the rounding weights can be compared.
+LAYOUT = dict(max_train_steps=6, center_crop=False, random_flip=True, proportion_empty_prompts=0.3, adam_epsilon=1e-5)
+
+
+def assert_same_but_for_rounding(one, other):
+    """
+    Errors to 1e-6 of themselves, weights (the last push to the bank) to 1e-5. A gap is a difference of errors, and the
+    loss has beta / 2 = 1000 of it: of fp32's rounding, 1e-7 in an error, losses carry 1e-4.
+    """
+    assert other.column("reference/index") == one.column("reference/index")
+    for name in ("mse/policy_winner", "mse/policy_rival"):
+        assert other.column(name) == pytest.approx(one.column(name), rel=1e-6)
+    for name in ("gap/winner", "gap/rival"):
+        assert other.column(name) == pytest.approx(one.column(name), abs=2e-7)
+    assert other.column("loss") == pytest.approx(one.column("loss"), abs=2e-4)
+    base, ours, theirs = (
+        load_file(run.path / "replay" / f"iteration-{i}.safetensors") for run, i in ((one, 0), (one, 3), (other, 3))
+    )
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5
+    assert max((ours[name] - base[name]).abs().max() for name in ours) > 1e-3, "they have moved"
 
 
 def assert_same_result(one, other):

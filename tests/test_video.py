@@ -29,7 +29,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 from test_sdxl import parts
-from test_training import assert_same_result, resumed
+from test_training import LAYOUT, assert_same_but_for_rounding, assert_same_result, resumed
 
 import train_sspo_video as script
 
@@ -758,6 +758,12 @@ def test_results_are_not_overwritten(train_video):
     for mode in ("lora", "full"):
         train_video(mode, train_mode=mode, max_train_steps=1)
         refused(train_video, "holds the results of another run", name=mode, train_mode=mode)
+
+
+def test_layout_of_the_batch_does_not_matter_to_clips(train_video):
+    whole = train_video("whole", train_batch_size=4, **LAYOUT)
+    parts = dict(train_batch_size=1, gradient_accumulation_steps=4, rollout_batch_size=1)
+    assert_same_but_for_rounding(whole, train_video("parts", **parts, **LAYOUT))
 
 
 def test_two_processes_make_the_same_run(train_video, motion, clips, tmp_path, monkeypatch):
