@@ -153,15 +153,14 @@ def writing(what):
     """
     Around whatever writes to output_dir, also as a decorator: a full or read-only disk raises UserError.
 
-    That nothing else is lost is true because files are written beside their place, or appended to.
+    Nothing else is lost then, because files are written beside their place, or appended to.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save gives its own error no type, and does not tell what the system said
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        if isinstance(error, RuntimeError):  # torch.save's, which does not tell what the system said
+            reason = f"is the disk full? {reason}"
         raise UserError(
             f"{what} cannot be written ({reason}); the checkpoints before are whole: when there is room, go on with "
             "--resume_from_checkpoint latest"
