@@ -184,7 +184,8 @@ def test_signal_to_one_of_two_processes(train, whole_of_two, what, who):
             at(point, send(signal.SIGTERM))
 
     codes = ranks_in_children(train, "stopped", prepare, **options)
-    assert codes == [128 + signal.SIGTERM] * 2
+    # The one that ends later gets SIGTERM again, when it has nothing left to do.
+    assert set(codes) <= {128 + signal.SIGTERM, -signal.SIGTERM} and 128 + signal.SIGTERM in codes
     run = Run(train.directory / "stopped")
     assert len(run.metrics) == step
     assert (run.path / f"checkpoint-{step}" / "random_states_1.pkl").exists()
@@ -240,7 +241,7 @@ def test_signal_to_the_launcher_of_two_processes(train, sd, winners, tmp_path, w
     assert process.returncode not in (0, None)
     step = len(run.metrics)
     assert [path.name for path in run.path.glob("checkpoint-*")] == [f"checkpoint-{step}"], output
-    options["max_train_steps"] = step + 2
+    options.update(max_train_steps=step + 2, checkpointing_steps=step + 2)
     assert ranks_in_children(train, "stopped", resume_from_checkpoint="latest", **options) == [0, 0]
     assert ranks_in_children(train, "whole", **options) == [0, 0]
     assert_same_result(Run(tmp_path / "whole"), run)
