@@ -118,11 +118,11 @@ def assert_as_never_stopped(whole, again):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(train, mode, ...) is the run that is never stopped, made once for each set of options."""
+    """whole(train, flag=value, ...) is the run that is never stopped, made once for each script and set of flags."""
     runs = {}
 
-    def make(train, **options):
-        key = repr(sorted(options.items(), key=str))
+    def make(train, module=script, **options):
+        key = module.__name__ + repr(sorted(options.items(), key=str))
         if key not in runs:
             path = train("whole", **options).path
             runs[key] = Run(shutil.copytree(path, tmp_path_factory.mktemp("whole") / "run"))

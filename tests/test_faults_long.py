@@ -53,7 +53,7 @@ def killed_and_resumed(train, whole, what, point, module=train_sspo_sd, **option
     code = in_child(train, lambda: at(point, send(signal.SIGKILL), module), "killed", **options)
     assert code == -signal.SIGKILL, f"the run did not come to {what}"
     again = train("killed", resume_from_checkpoint="latest", **options)
-    assert_as_never_stopped(whole(train, **options), again)
+    assert_as_never_stopped(whole(train, module, **options), again)
 
 
 @pytest.mark.parametrize("data", [dict(cache_latents=True), dict(streaming=True)], ids=["cached", "streaming"])
