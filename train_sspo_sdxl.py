@@ -155,12 +155,12 @@ def writing(what):
 
 # Copied from train_sspo_sd.check_whole
 def check_whole(path):
-    """Raises UserError if a safetensors file is not there or cut short. Reads no more than its header."""
+    """Raises UserError if a safetensors file is gone or cut short. Reads no more than its header."""
     try:
         with safe_open(path, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is {'cut short' if Path(path).exists() else 'gone'}") from error
+        raise UserError(f"{path} is {'damaged' if Path(path).exists() else 'gone'}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ DAMAGES = {
     "record cut": ("checkpoint-6/run.json", cut, "cannot be read"),
     "record gone": ("checkpoint-6/run.json", os.unlink, "cannot be read"),
     "replay entry gone": ("replay/iteration-3.safetensors", os.unlink, "is gone"),
-    "replay entry cut": ("replay/iteration-3.safetensors", cut, "is cut short"),
+    "replay entry cut": ("replay/iteration-3.safetensors", cut, "is damaged"),
 }
 
 
