@@ -463,6 +463,20 @@ def test_bad_clips_are_named(train_video, tmp_path, workers, cached):
         refused(train_video, r"1\.mp4 in row 1 cannot be read \(.*\): .*--on_bad_example skip", **options)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_bad_clips_are_skipped_and_counted(train_video, tmp_path, cached, caplog):
+    """One that is damaged and one that is too short: three epochs of four clips are six updates."""
+    folder = tmp_path / "data"
+    tiny.folder_of_clips(folder, 4)
+    (folder / "0.mp4").write_bytes(b"no clip")
+    tiny.write_clip(folder / "1.mp4", tiny.moving_frames("a red circle", 5))
+    run = train_video(data=folder, on_bad_example="skip", max_train_steps=6, cache_latents=cached)
+    skipped = run.column("data/skipped")
+    assert [sum(skipped[i : i + 2]) for i in (0, 2, 4)] == [2, 2, 2]
+    warnings = [record.message for record in caplog.records if "Skipped: " in record.message]
+    assert sorted("0.mp4 in row 0" in warning for warning in warnings) == [False, True]
+
+
 def test_clips_without_frames_are_named(train_video, tmp_path):
     folder = tmp_path / "data"
     tiny.folder_of_clips(folder, 1)
