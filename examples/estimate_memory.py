@@ -227,13 +227,12 @@ def load_batches(script, models, args, cached):
 
 
 def parse(family, words):
-    """The script and its arguments. What a longer run does more often, but with no more memory, is done less often."""
+    """The script and its arguments, with no more micro-batches in an update than the memory needs."""
     script = importlib.import_module(f"train_sspo_{family}")
     needed = ["--pretrained_model_name_or_path", "-", "--train_data_dir", "-", "--validation_prompts", ""]
     needed += ["--motion_adapter_name_or_path", "-"] if family == "video" else []
     args = script.parse_args([*needed, *words, "--report_to", "none"])
-    pieces = args.rollout_batch_size // args.train_batch_size
-    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, max(pieces, 2))
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)
     args.mixed_precision = {"fp16": "bf16"}.get(args.mixed_precision, args.mixed_precision)
     return script, args
 
@@ -318,6 +317,14 @@ def run(family, script, args, memory):
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # makes its state
+    examples = [dict(example) for example in cached or make_examples(script, models, args)]
+    if not cached:
+        script.encode_examples(models, examples)
+    if args.loss_type == "sspo":
+        pieces = args.rollout_batch_size // args.train_batch_size
+        batch = script.collate(examples * pieces, empty_prompt, args, accelerator.device)
+        script.sample_rivals(models, batch, args, accelerator.autocast)
+        args.rollout_batch_size = args.train_batch_size  # done: the update below need not do it again
     optimizer.zero_grad()
     batches = load_batches(script, models, args, cached)
     script.update(policy, models, optimizer, schedule, batches, empty_prompt, args, accelerator)
