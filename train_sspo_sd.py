@@ -58,6 +58,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,13 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -383,7 +390,7 @@ def check_environment(args):
         probe = Path(args.output_dir, f".writable-{os.getpid()}")
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
 
@@ -1664,8 +1671,8 @@ def make_accelerator(args):
         raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, but the replay bank needs the whole "
-            "weights on every process: configure data parallel (MULTI_GPU)"
+            f"accelerate is configured for {accelerator.distributed_type.value}, with which replay and checkpoints were "
+            "never run: configure data parallel (MULTI_GPU); --use_8bit_adam and --optimizer adafactor save memory"
         )
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -1677,6 +1684,26 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_shared(args, accelerator):
+    """
+    Raises UserError, on every process, unless all see the same --output_dir: the bank, the latent cache and the
+    checkpoints are written by some processes and read by others.
+    """
+    (token,) = broadcast_object_list([uuid.uuid4().hex])
+    probe = Path(args.output_dir, f".shared-{token}")
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.reduce(torch.tensor(float(probe.exists()), device=accelerator.device), "sum").item()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if seen < accelerator.num_processes:
+        raise UserError(
+            f"--output_dir {args.output_dir} is not the same folder for all processes: name one on a disk that all "
+            "machines share"
+        )
 
 
 def make_optimizer(parameters, args, global_batch):
@@ -1854,6 +1881,7 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
 def main(args):
     check_environment(args)
     accelerator = make_accelerator(args)
+    check_shared(args, accelerator)
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
