@@ -9,8 +9,8 @@ prepare_denoisers to a whole update and a validation, on models of the real size
 shape and no contents. Every storage is counted from its allocation to its end.
 
 Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
-runs group and layer norms in fp32 there, and AdamW steps all weights at once, with temporaries of their size. Attention
-is a fused kernel on both. fp16 is computed as bf16. What the allocator and the libraries take beside tensors is not
+runs group and layer norms in fp32 there, and AdamW steps all weights at once, with temporaries of their size. On both,
+attention is a fused kernel. fp16 is computed as bf16. What the allocator and the libraries take beside tensors is not
 known beforehand: CONTEXT and SLACK are assumptions. Data parallel needs the size of the gradients once more.
 """
 

@@ -49,8 +49,14 @@ def measured(words):
     return peak
 
 
-@pytest.mark.parametrize("flags", ["--gradient_checkpointing", "--train_mode full --draws_per_pair 2"])
+@pytest.mark.parametrize("flags", ["--gradient_checkpointing", "--train_mode full --draws_per_pair 2 --split_pairs"])
 def test_estimate_is_what_a_real_run_allocates(middling, flags):
     words = [*FLAGS, *flags.split()]
     found = estimate_memory.estimate("sd", words)
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)
+
+
+def test_split_pairs_halve_the_activations(middling):
+    together, split = (estimate_memory.estimate("sd", [*FLAGS, *more]) for more in ([], ["--split_pairs"]))
+    assert split["activations"] == pytest.approx(together["activations"] / 2, rel=0.1)
+    assert split["weights"] == together["weights"]
