@@ -76,6 +76,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -1693,7 +1694,10 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=logs),
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],  # the others wait for validation
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
+            ],
         )
     except ValueError as error:
         raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error

@@ -11,7 +11,7 @@ shape and no contents. Every storage is counted from its allocation to its end.
 Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
 runs group and layer norms in fp32 there, and AdamW steps all weights at once, with temporaries of their size. On both,
 attention is a fused kernel. fp16 is computed as bf16. What the allocator and the libraries take beside tensors is not
-known beforehand: CONTEXT and SLACK are assumptions. Data parallel needs the size of the gradients once more.
+known beforehand: CONTEXT and SLACK are assumptions. Data parallel needs no more: it shares the gradients' storage.
 """
 
 import functools
@@ -98,18 +98,30 @@ TABLE = [
             "--gradient_checkpointing --rollout_batch_size 16",
             "--train_mode full --gradient_checkpointing",
             "--train_mode full --gradient_checkpointing --use_8bit_adam",
-            "--train_mode full --gradient_checkpointing --optimizer adafactor",
+            "--train_mode full --gradient_checkpointing --optimizer adafactor --split_pairs",
         ],
     ),
     (
         "AnimateDiff, 16 frames of 256²",
         "video --cache_latents --rollout_batch_size 1",
-        ["", "--gradient_checkpointing", "--train_mode full --gradient_checkpointing"],
+        [
+            "",
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
+        ],
     ),
     (
         "AnimateDiff, 16 frames of 512²",
         "video --cache_latents --rollout_batch_size 1 --resolution 512",
-        ["", "--gradient_checkpointing", "--train_mode full --gradient_checkpointing"],
+        [
+            "",
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
+        ],
     ),
 ]
 
