@@ -830,9 +830,11 @@ def collate_condition(prompts, geometries, device):
 def encode_image(models, pixels):
     """Mean and standard deviation of the latents of `pixels` (b, 3, h, w), in training space, fp32."""
     vae = models.vae
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    # One picture at a time: a batch of large ones would need more memory than all else in a run.
+    posteriors = [vae.encode(picture.to(vae.device, vae.dtype)).latent_dist for picture in pixels.split(1)]
+    mean, std = (torch.cat([getattr(posterior, name).float() for posterior in posteriors]) for name in ("mean", "std"))
     scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+    return mean * scale, std * scale
 
 
 @torch.no_grad()

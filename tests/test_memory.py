@@ -2,10 +2,15 @@
 
 import gc
 import sys
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
+
+import train_sspo_sd
+import train_sspo_sdxl
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -54,6 +59,20 @@ def test_estimate_is_what_a_real_run_allocates(middling, flags):
     words = [*FLAGS, *flags.split()]
     found = estimate_memory.estimate("sd", words)
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)
+
+
+@pytest.mark.parametrize("script", [train_sspo_sd, train_sspo_sdxl])
+def test_pictures_are_encoded_one_at_a_time(script):
+    """A batch of four at 1024² in the VAE took 10 GiB, more than the update."""
+    torch.manual_seed(0)
+    models = SimpleNamespace(vae=tiny.vae())
+    seen, encode, pixels = [], models.vae.encode, torch.randn(3, 3, 16, 16)
+    models.vae.encode = lambda x: seen.append(len(x)) or encode(x)
+    mean, std = script.encode_image(models, pixels)
+    assert seen == [1, 1, 1]
+    posterior, scale = encode(pixels).latent_dist, models.vae.config.scaling_factor
+    torch.testing.assert_close(mean, posterior.mean * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
 
 
 def test_split_pairs_halve_the_activations(middling):
