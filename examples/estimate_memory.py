@@ -20,7 +20,7 @@ import itertools
 import os
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -245,6 +245,7 @@ def parse(family, words):
     needed += ["--motion_adapter_name_or_path", "-"] if family == "video" else []
     args = script.parse_args([*needed, *words, "--report_to", "none"])
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)
+    args.enable_xformers_memory_efficient_attention = False  # it needs what PyTorch's own does, and a GPU
     args.mixed_precision = {"fp16": "bf16"}.get(args.mixed_precision, args.mixed_precision)
     return script, args
 
@@ -262,18 +263,13 @@ def replaced(script, memory):
         (script, "update", memory.during("update", script.update)),
         (script, "decode_latents", memory.during("decode", script.decode_latents)),
     ]
-    patches = [mock.patch.object(*change) for change in changes]
-    library = torch.library.Library("aten", "IMPL")
-    for name in ("layer_norm", "group_norm"):
-        library.impl(name, functools.partial(in_fp32, getattr(torch.ops.aten, name).default), "AutocastCPU")
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(mock.patch.object(*change))
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        for name in ("layer_norm", "group_norm"):
+            library.impl(name, functools.partial(in_fp32, getattr(torch.ops.aten, name).default), "AutocastCPU")
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
-        library._destroy()
 
 
 def in_fp32(operator, *inputs):

@@ -61,7 +61,7 @@ def recipe(rank, *words, **variables):
 
 
 def test_two_machines_make_the_run_of_one(train, sd, winners, tmp_path):
-    """The paper's recipe, launched once on each machine, as examples/launch.sh does it; here both are this one."""
+    """The paper's recipe and --split_pairs, as examples/launch.sh starts them on each machine; here both are this."""
     short = dict(max_train_steps=4, replay_steps=2, rollout_steps=2, resolution=64, report_to="none")
     words = [word for name, value in short.items() for word in (f"--{name}", value)]
     with socket.socket() as free:
@@ -77,6 +77,7 @@ def test_two_machines_make_the_run_of_one(train, sd, winners, tmp_path):
     one = train("one", train_batch_size=4, gradient_accumulation_steps=2, center_crop=None, **recipes, **short)
     assert two.column("reference/index") == one.column("reference/index")
     assert two.column("lr") == pytest.approx(one.column("lr"))
+    assert two.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-3)
     assert two.column("loss") == pytest.approx(one.column("loss"), rel=1e-3)
     assert (two.path / "model_index.json").is_file()
 
