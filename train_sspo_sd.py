@@ -253,8 +253,8 @@ def add_shared_arguments(parser):
     group.add_argument(
         "--split_pairs",
         action="store_true",
-        help="Winners and rivals go through the model one after the other: about half the memory of activations, for "
-        "half a forward more of the policy.",
+        help="Winners and rivals go through the model one after the other: half the memory of activations, for half a "
+        "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.",
     )
     group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak learning rate.")
     group.add_argument("--scale_lr", action="store_true", help="Multiply the learning rate by the global batch size.")

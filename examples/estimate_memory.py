@@ -98,7 +98,7 @@ TABLE = [
             "--gradient_checkpointing --rollout_batch_size 16",
             "--train_mode full --gradient_checkpointing",
             "--train_mode full --gradient_checkpointing --use_8bit_adam",
-            "--train_mode full --gradient_checkpointing --optimizer adafactor --split_pairs",
+            "--train_mode full --gradient_checkpointing --optimizer adafactor",
         ],
     ),
     (
@@ -108,8 +108,8 @@ TABLE = [
             "",
             "--gradient_checkpointing",
             "--gradient_checkpointing --split_pairs",
-            "--train_mode full --gradient_checkpointing --split_pairs",
-            "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
+            "--train_mode full --gradient_checkpointing",
+            "--train_mode full --gradient_checkpointing --use_8bit_adam",
         ],
     ),
     (
@@ -119,6 +119,7 @@ TABLE = [
             "",
             "--gradient_checkpointing",
             "--gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing",
             "--train_mode full --gradient_checkpointing --split_pairs",
             "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
         ],
