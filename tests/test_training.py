@@ -163,8 +163,10 @@ def test_split_pairs_change_nothing(train, options):
     """The gradients of winner and rival, one after the other, are those of both together, but for rounding."""
     together, split = train("together", **options), train("split", split_pairs=True, **options)
     assert split.metrics[0]["gap/winner"] == split.metrics[0]["gap/rival"] == 0
-    assert split.column("grad_norm") == pytest.approx(together.column("grad_norm"), rel=1e-4)
-    assert split.column("loss") == pytest.approx(together.column("loss"), rel=1e-4)
+    # From equal weights only rounding differs; then the optimizer's first steps, which are near to signs, enlarge it.
+    assert split.metrics[0]["grad_norm"] == pytest.approx(together.metrics[0]["grad_norm"], rel=1e-5)
+    assert split.column("grad_norm") == pytest.approx(together.column("grad_norm"), rel=1e-3)
+    assert split.column("loss") == pytest.approx(together.column("loss"), rel=1e-3)
 
 
 def test_cached_latents_change_nothing(train):
