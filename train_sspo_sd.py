@@ -36,6 +36,7 @@ Cost of one update on one process, in forward calls of the UNet, for P = --train
 --gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps calls on 2 x --rollout_batch_size
 latents (guidance doubles them), then, for each of the --gradient_accumulation_steps micro-batches, one call of the
 reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents, the latter with its backward.
+With --split_pairs each of these is two on half as many, and the policy's half once more in the backward.
 
     accelerate launch train_sspo_sd.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -59,6 +60,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -70,13 +72,16 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     set_seed,
 )
@@ -286,6 +291,12 @@ def add_shared_arguments(parser):
     group.add_argument("--max_train_steps", type=int, help="Updates. Default: 210, the paper's seven iterations.")
     group.add_argument("--num_train_epochs", type=int, help="Passes over the winners, if --max_train_steps is absent.")
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for a slower backward.")
+    group.add_argument(
+        "--split_pairs",
+        action="store_true",
+        help="Winners and rivals go through the model one after the other: half the memory of activations, for half a "
+        "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.",
+    )
     group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak learning rate.")
     group.add_argument("--scale_lr", action="store_true", help="Multiply the learning rate by the global batch size.")
     group.add_argument(
@@ -429,7 +440,7 @@ def check_environment(args):
         probe = Path(args.output_dir, f".writable-{os.getpid()}")
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
 
@@ -937,9 +948,11 @@ def collate_condition(prompts, geometries, device):
 def encode_image(models, pixels):
     """Mean and standard deviation of the latents of `pixels` (b, 3, h, w), in training space, fp32."""
     vae = models.vae
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    # One picture at a time: a batch of large ones would need more memory than all else in a run.
+    posteriors = [vae.encode(picture.to(vae.device, vae.dtype)).latent_dist for picture in pixels.split(1)]
+    mean, std = (torch.cat([getattr(posterior, name).float() for posterior in posteriors]) for name in ("mean", "std"))
     scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+    return mean * scale, std * scale
 
 
 @torch.no_grad()
@@ -1259,6 +1272,27 @@ def denoising_errors(denoiser, models, latents, noise, timesteps, condition):
     return (prediction - target.float()).square().flatten(1).mean(1).view(-1, draws)
 
 
+def pair_errors(denoiser, models, winner, rival, noise, timesteps, condition, split):
+    """
+    The errors of winner and rival, (b, draws) each.
+
+    They are those of one batch, or with `split` of two, of which the first is not kept for the backward but computed
+    again there, when the second's activations are gone. Policy and reference must be split alike: another batch size
+    may round otherwise, and the gaps would not be 0 where they are the same model.
+    """
+    if not split:
+        condition = join_conditions(condition, condition)
+        latents, noise, timesteps = torch.cat([winner, rival]), torch.cat([noise] * 2), torch.cat([timesteps] * 2)
+        return denoising_errors(denoiser, models, latents, noise, timesteps, condition).chunk(2)
+    turns = iter([denoiser, models.denoiser])  # in the backward without data parallel's wrapper: it counts forwards
+    winner_errors = torch.utils.checkpoint.checkpoint(
+        lambda: denoising_errors(next(turns), models, winner, noise, timesteps, condition),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return winner_errors, denoising_errors(denoiser, models, rival, noise, timesteps, condition)
+
+
 def sspo_loss(
     policy_winner,
     policy_rival,
@@ -1336,13 +1370,12 @@ def training_loss(policy, models, batch, args, autocast):
         loss = errors.mean()
         return loss, {"mse/policy_winner": loss.detach()}
 
-    latents = torch.cat([winner, batch["rival"]])
     # The same (t, noise) and the same caption for both halves of a pair.
-    draws = (torch.cat([noise, noise]), torch.cat([timesteps, timesteps]), join_conditions(condition, condition))
+    pairs = (winner, batch["rival"], noise, timesteps, condition)
     with as_reference(models, args) as reference, autocast():
-        reference_winner, reference_rival = denoising_errors(reference, models, latents, *draws).chunk(2)
+        reference_winner, reference_rival = pair_errors(reference, models, *pairs, args.split_pairs)
     with autocast():
-        policy_winner, policy_rival = denoising_errors(policy, models, latents, *draws).chunk(2)
+        policy_winner, policy_rival = pair_errors(policy, models, *pairs, args.split_pairs)
     return sspo_loss(
         policy_winner,
         policy_rival,
@@ -1502,7 +1535,8 @@ def cache_directory(args, winners, dtype):
 # anew as long as its global size stays.
 FREE_TO_CHANGE = set(
     "cache_dir dataloader_num_workers on_bad_example rollout_batch_size train_batch_size gradient_accumulation_steps "
-    "max_train_steps num_train_epochs gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention "
+    "max_train_steps num_train_epochs gradient_checkpointing split_pairs allow_tf32 "
+    "enable_xformers_memory_efficient_attention "
     "output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts "
     "validation_steps num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id "
     "hub_token dataset_name train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path "
@@ -1898,14 +1932,17 @@ def make_accelerator(args):
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, logging_dir=logs),
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],  # the others wait for validation
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
+            ],
         )
     except ValueError as error:
         raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, but the replay bank needs the whole "
-            "weights on every process: configure data parallel (MULTI_GPU)"
+            f"accelerate is configured for {accelerator.distributed_type.value}, with which the replay bank was never "
+            "run: configure data parallel (MULTI_GPU); --use_8bit_adam and --optimizer adafactor save memory"
         )
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -1917,6 +1954,26 @@ def make_accelerator(args):
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_shared(args, accelerator):
+    """
+    Raises UserError, on every process, unless all see the same --output_dir: the bank, the latent cache and the
+    checkpoints are written by some processes and read by others.
+    """
+    (token,) = broadcast_object_list([uuid.uuid4().hex])
+    probe = Path(args.output_dir, f".shared-{token}")
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = accelerator.reduce(torch.tensor(float(probe.exists()), device=accelerator.device), "sum").item()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if seen < accelerator.num_processes:
+        raise UserError(
+            f"--output_dir {args.output_dir} is not the same folder for all processes: name one on a disk that all "
+            "machines share"
+        )
 
 
 def make_optimizer(parameters, args, global_batch):
@@ -2106,6 +2163,7 @@ def main(args):
     hide_token(sys.argv)
     check_environment(args)
     accelerator = make_accelerator(args)
+    check_shared(args, accelerator)
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:

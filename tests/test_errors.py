@@ -163,9 +163,15 @@ def test_packages_and_devices_are_checked_first(train, early, monkeypatch):
 
 
 def test_sharded_training_is_refused(train, early, monkeypatch):
-    """The bank would keep a shard of the weights."""
     monkeypatch.setattr(script.Accelerator, "distributed_type", property(lambda self: script.DistributedType.FSDP))
-    refused(train, "configured for FSDP.*data parallel")
+    refused(train, "configured for FSDP.*never run.*data parallel")
+
+
+def test_output_dir_of_another_machine(train, early, monkeypatch):
+    """Where a machine has a disk of its own, what the first process writes does not appear."""
+    exists = script.Path.exists
+    monkeypatch.setattr(script.Path, "exists", lambda path: not path.name.startswith(".shared") and exists(path))
+    refused(train, "is not the same folder for all processes: .* on a disk that all machines share")
 
 
 def test_models_that_cannot_be_loaded(train, tmp_path):

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run, flags
@@ -41,6 +43,49 @@ def test_two_processes_make_the_same_run(train, sd, winners, tmp_path):
     (two.path / "pytorch_lora_weights.safetensors").unlink()
     options.update(train_batch_size=1, gradient_accumulation_steps=4, resume_from_checkpoint="checkpoint-3")
     assert_same_but_for_rounding(one, train("two", **options))
+
+
+def recipe(rank, *words, **variables):
+    """Starts examples/launch.sh on one machine of several."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**ENVIRONMENT, "PATH": path, "RANK": rank, **variables}
+    return subprocess.Popen(
+        [str(word) for word in [ROOT / "examples" / "launch.sh", *words]],
+        env={name: str(value) for name, value in environment.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_machines_make_the_run_of_one(train, sd, winners, tmp_path):
+    """The paper's recipe and --split_pairs, as examples/launch.sh starts them on each machine; here both are this."""
+    short = dict(max_train_steps=4, replay_steps=2, rollout_steps=2, resolution=64, report_to="none")
+    words = [word for name, value in short.items() for word in (f"--{name}", value)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(MODEL=sd, DATA=winners, OUTPUT=tmp_path / "two", MACHINES=2, GPUS=1, MICRO=2, PAIRS=8, PORT=port)
+    machines = [recipe(rank, *words, "--split_pairs", **shared) for rank in (1, 0)]
+    for machine in machines:
+        output, _ = machine.communicate(timeout=240)
+        assert machine.returncode == 0, output
+    two = Run(tmp_path / "two")
+    recipes = dict(train_mode="full", learning_rate=2e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=20)
+    one = train("one", train_batch_size=4, gradient_accumulation_steps=2, center_crop=None, **recipes, **short)
+    assert two.column("reference/index") == one.column("reference/index")
+    assert two.column("lr") == pytest.approx(one.column("lr"))
+    assert two.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-3)
+    assert two.column("loss") == pytest.approx(one.column("loss"), rel=1e-3)
+    assert (two.path / "model_index.json").is_file()
+
+
+def test_recipe_that_does_not_divide_is_refused(tmp_path):
+    script = recipe(0, MODEL="-", DATA="-", OUTPUT=tmp_path / "never", GPUS=3)
+    output, _ = script.communicate()
+    assert script.returncode == 2
+    assert output == "launch.sh: 2048 pairs cannot be dealt to 3 GPUs in micro-batches of 1: change MICRO\n"
+    assert not (tmp_path / "never").exists()
 
 
 def wait_for_updates(run, count, process):

@@ -163,3 +163,11 @@ def test_an_update_costs_the_calls_that_the_docstring_says(train, monkeypatch, m
         draws_per_pair=draws,
     )
     assert calls == 2 * (3 * [8] + 2 * 2 * [4 * draws])
+
+
+def test_split_pairs_cost_half_a_forward_of_the_policy(train, monkeypatch):
+    calls = []
+    predict = script.predict
+    monkeypatch.setattr(script, "predict", lambda *a: calls.append(len(a[1])) or predict(*a))
+    train(max_train_steps=1, split_pairs=True)
+    assert calls == 3 * [4] + 2 * 2 * [2] + [2]

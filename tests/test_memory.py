@@ -1,0 +1,81 @@
+"""examples/estimate_memory.py against what PyTorch's allocator is asked for in a real run."""
+
+import gc
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import train_sspo_sd
+import train_sspo_sdxl
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import estimate_memory
+
+
+FLAGS = "--resolution 128 --train_batch_size 2 --gradient_accumulation_steps 2".split()
+
+
+@pytest.fixture
+def middling(monkeypatch, tmp_path):
+    """Models in the layout of Stable Diffusion 1.5 with narrower layers, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    width = dict(block_out_channels=(64, 128, 128), norm_num_groups=16, layers_per_block=1)
+    unet = dict(
+        width,
+        cross_attention_dim=64,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = dict(estimate_memory.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=8, layers_per_block=1)
+    clip = dict(estimate_memory.CLIP_L, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    monkeypatch.setitem(estimate_memory.UNETS, "sd", unet)
+    monkeypatch.setattr(estimate_memory, "VAE", vae)
+    monkeypatch.setattr(estimate_memory, "CLIP_L", clip)
+
+
+def measured(words):
+    """The most bytes that were allocated at once in a real run, as PyTorch's profiler saw them."""
+    script, args = estimate_memory.parse("sd", words)
+    gc.collect()  # what dies in the run must have been born in it
+    memory = estimate_memory.Memory()  # not entered: it counts nothing here
+    with estimate_memory.replaced(script, memory), torch.profiler.profile(profile_memory=True) as profile:
+        estimate_memory.run("sd", script, args, memory)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("flags", ["--gradient_checkpointing", "--train_mode full --draws_per_pair 2 --split_pairs"])
+def test_estimate_is_what_a_real_run_allocates(middling, flags):
+    words = [*FLAGS, *flags.split()]
+    found = estimate_memory.estimate("sd", words)
+    assert found["peak"] == pytest.approx(measured(words), rel=0.02)
+
+
+@pytest.mark.parametrize("script", [train_sspo_sd, train_sspo_sdxl])
+def test_pictures_are_encoded_one_at_a_time(script):
+    """A batch of four at 1024² in the VAE took 10 GiB, more than the update."""
+    torch.manual_seed(0)
+    models = SimpleNamespace(vae=tiny.vae())
+    seen, encode, pixels = [], models.vae.encode, torch.randn(3, 3, 16, 16)
+    models.vae.encode = lambda x: seen.append(len(x)) or encode(x)
+    mean, std = script.encode_image(models, pixels)
+    assert seen == [1, 1, 1]
+    posterior, scale = encode(pixels).latent_dist, models.vae.config.scaling_factor
+    torch.testing.assert_close(mean, posterior.mean * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+
+
+def test_split_pairs_halve_the_activations(middling):
+    together, split = (estimate_memory.estimate("sd", [*FLAGS, *more]) for more in ([], ["--split_pairs"]))
+    assert split["activations"] == pytest.approx(together["activations"] / 2, rel=0.1)
+    assert split["weights"] == together["weights"]
