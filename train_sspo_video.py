@@ -72,7 +72,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,11 +111,11 @@ from diffusers.utils.import_utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -124,9 +123,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = get_logger(Path(__file__).stem)
 
-# Two adapters live on one UNet in LoRA mode. The policy's must be called "default": diffusers looks its rank and alpha
-# up under that name when it saves them.
-POLICY, REFERENCE = "default", "reference"
+# The name of the adapter in LoRA mode: diffusers looks its rank and alpha up under it when it saves them.
+POLICY = "default"
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
@@ -872,7 +870,7 @@ NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear"
 
 @dataclass
 class Models:
-    """The parts of the pipeline. `reference`: the reference's weights by name in full mode, None otherwise."""
+    """The parts of the pipeline. `reference`: the reference's weights by name, empty for the base in LoRA mode."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -1139,19 +1137,20 @@ def prepare_denoisers(models, args, device):
     """
     Makes the policy trainable and sets the reference beside it.
 
-    LoRA: two adapters on one frozen denoiser. Full: a second set of the trained weights, in fp32 like the policy's,
-    because a reference in half precision would put rounding noise in the gaps. The denoiser stays in evaluation mode:
-    no layer needs the other, and dropout in the policy alone would bias the switch.
+    LoRA: an adapter on the frozen denoiser. The reference is a second set of the trained weights, in fp32 like the
+    policy's, because a reference in half precision would put rounding noise in the gaps. The denoiser stays in
+    evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch.
     """
     denoiser = models.denoiser.to(device)
     if args.train_mode == "lora":
         config = LoraConfig(
             r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
         )
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what we want
-        for adapter in [POLICY] if args.loss_type == "sft" else [REFERENCE, POLICY]:
-            denoiser.add_adapter(config, adapter_name=adapter)  # the last to be added is the active, trainable one
-            cast_training_params(denoiser, torch.float32)
+        denoiser.add_adapter(config, adapter_name=POLICY)
+        cast_training_params(denoiser, torch.float32)
+        for module in denoiser.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
     else:
         for parameter in trained_in_full(denoiser):
             parameter.requires_grad_(True)
@@ -1174,12 +1173,21 @@ def policy_weights(models, args):
 
 # Copied from train_sspo_sd.load_reference
 def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference."""
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
     if args.train_mode == "lora":
-        set_peft_model_state_dict(models.denoiser, weights, adapter_name=REFERENCE)
-    else:
-        models.reference = None  # the old one makes room first
-        models.reference = {name: weight.to(models.denoiser.device) for name, weight in weights.items()}
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        names = {name: f"{name.removesuffix('weight')}{POLICY}.weight" for name in weights}
+        weights = {names[name]: weight for name, weight in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    models.reference = {name: weight.to(device) for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.exchange_weights
+def exchange_weights(models):
+    """The reference's weights take the place of the policy's, and the other way round. Nothing is copied."""
+    for name, weight in models.denoiser.named_parameters():
+        if name in models.reference:
+            weight.data, models.reference[name] = models.reference[name], weight.data
 
 
 # Copied from train_sspo_sd.as_reference
@@ -1188,19 +1196,21 @@ def as_reference(models, args):
     """
     Gives the denoiser with the reference's weights, without gradients.
 
-    In LoRA mode this switches the adapter of the one denoiser and back. That must not happen between the policy's
-    forward and its backward, since a switch also flips requires_grad: the reference always goes first. In full mode
-    the policy's weights stay where they are, and each call runs with the reference's in their stead.
+    It is the policy's denoiser; its own weights come back behind. That must not happen between the policy's forward
+    and its backward, which needs them: the reference always goes first. Where the reference is LoRA's base, the
+    denoiser goes without the adapter, which would only cost time: the result is the same to the last bit.
     """
-    with torch.no_grad():
-        if args.train_mode == "full":
-            yield lambda *inputs, **named: functional_call(models.denoiser, models.reference, inputs, named)
-            return
-        models.denoiser.set_adapter(REFERENCE)
-        try:
-            yield models.denoiser
-        finally:
-            models.denoiser.set_adapter(POLICY)
+    denoiser = models.denoiser
+    if args.train_mode == "lora" and not models.reference:
+        begin, end = denoiser.disable_adapters, denoiser.enable_adapters
+    else:
+        begin = end = functools.partial(exchange_weights, models)
+    begin()
+    try:
+        with torch.no_grad():
+            yield denoiser
+    finally:
+        end()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1291,15 +1301,18 @@ def self_sample(
     """
     guided = guidance_scale > 1
     both = join_conditions(unconditional, condition) if guided else condition
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)  # left on the CPU: each look at one on the accelerator would wait for its work
     timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
     if strength < 1:
         timesteps = timesteps[-int(steps * strength) * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
+    if strength < 1:
         latents = scheduler.add_noise(winners, noise, timesteps[:1].expand(len(noise)))
-    for timestep in timesteps:
+    for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
         noisy = torch.cat([latents, latents]) if guided else latents
         noisy = scheduler.scale_model_input(noisy, timestep)
-        prediction = predict(denoiser, noisy, timestep.expand(len(noisy)), both)
+        prediction = predict(denoiser, noisy, on_device.expand(len(noisy)), both)
         if guided:
             without, with_caption = prediction.chunk(2)
             prediction = without + guidance_scale * (with_caption - without)
