@@ -845,8 +845,10 @@ def make_loader(winners, load, args, accelerator, cursor):
     )
     # datasets deals a stream's shards out to loader processes, which would change the order with their number.
     workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
+    rollout = args.rollout_batch_size // args.train_batch_size  # micro-batches that are asked for at once
+    ahead = max(math.ceil(rollout / workers), 2) if workers else None
     for examples, cursor in torch.utils.data.DataLoader(
-        stream, batch_size=None, collate_fn=tuple, num_workers=workers, persistent_workers=False
+        stream, batch_size=None, collate_fn=tuple, num_workers=workers, prefetch_factor=ahead
     ):
         if isinstance(examples, UserError):
             raise examples

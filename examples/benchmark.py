@@ -3,9 +3,10 @@
 The model is Stable Diffusion 1.5 at a quarter of its width (UNet of 54 million random weights, text encoder and VAE to
 scale), at 16 x 16 latents. Everything runs in one process, on the accelerator if there is one. What is compared takes
 turns, so that a machine's moods fall on both; of the ratios of neighbours the median counts, and the lowest and the
-highest are printed beside it. On a CPU seconds are those that this process computes, whatever else the machine does. What an update is: all that the script does from asking for its data to writing its
-logs, in a run that `main` has set up. Loading a reference and pushing a checkpoint, which happen once in
---replay_steps updates, have a line of their own.
+highest are printed beside it. On a CPU seconds are those that this process computes, whatever else the machine does.
+
+What an update is: all that the script does from asking for its data to writing its logs, in a run that `main` has set
+up. Loading a reference and pushing a checkpoint, once in --replay_steps updates, have a line of their own.
 
 Lines of the table:
 
@@ -206,6 +207,7 @@ class Session:
                 script.main(self.args)
         self.inputs = train.call_args.args
         _, self.models, *_, self.bank, _, _, self.record, _, self.accelerator = self.inputs
+        self.update()  # to warm up
 
     def train(self):
         """One update and all that goes with it, by the script's own loop: seconds with the reference, and without."""
@@ -279,9 +281,8 @@ class Bench:
 
 
 def take_turns(rounds, *jobs):
-    """Runs the jobs in turn, after one round to warm up: for each job the list of what it returned."""
-    results = [[job() for job in jobs] for _ in range(rounds + 1)]
-    return list(zip(*results[1:]))
+    """Runs the jobs in turn: for each job the list of what it returned."""
+    return list(zip(*([job() for job in jobs] for _ in range(rounds))))
 
 
 def ratios(over, under):
@@ -333,11 +334,10 @@ def line_floor(bench):
             twins = {"bare": bare_unet(bench, session, adapters=False)}
             if mode == "lora":
                 twins["with adapters"] = bare_unet(bench, session, adapters=True)
-            session.update()
             for iteration in ("first", "second") if mode == "lora" and cached else ("second",):
                 if iteration == "second":
                     session.enter_second_iteration()
-                measured = [floor_of(session, twins) for _ in range(bench.rounds(2))]
+                measured = [floor_of(session, twins) for _ in range(bench.rounds(2 if cached else 1))]
                 for name in twins:
                     what = f"{mode}{', cached' if cached else ''}, {iteration} iteration, over {name}"
                     goal = ("<=", 1.05) if cached else None
@@ -401,7 +401,8 @@ class ObviousWay:
 def line_obvious(bench):
     session = Session(bench, "obvious", cache_latents=False)
     obvious, steps = ObviousWay(session), session.args.rollout_steps
-    ours, own, equal = take_turns(bench.rounds(3), session.update, obvious.update, lambda: obvious.update(steps))
+    obvious.update(1)  # to warm up
+    ours, own, equal = take_turns(bench.rounds(2), session.update, obvious.update, lambda: obvious.update(steps))
     bench.row("obvious way", "the pipeline's 50 steps, over ours at the defaults", ratios(own, ours), (">=", 4))
     bench.row("obvious way", f"{steps} steps, over ours with as many", ratios(equal, ours), (">=", 1.5))
 
@@ -424,7 +425,7 @@ def line_rows(bench):
     for streaming in (False, True):
         options = dict(streaming=streaming, cache_latents=False, rollout_steps=2, train_batch_size=2)
         sessions = [Session(bench, "rows", data=bench.directory / f"rows-{count}", **options) for count in (few, many)]
-        short, long = take_turns(bench.rounds(15), *(session.update for session in sessions))
+        short, long = take_turns(bench.rounds(10), *(session.update for session in sessions))
         what = f"{many} rows{', streaming' if streaming else ''}, over {few}"
         bench.row("rows", what, ratios(long, short), ("<=", 1.02))
 
@@ -449,7 +450,7 @@ def line_replay(bench):
     options = dict(train_mode="full", train_batch_size=1, rollout_steps=2, replay_steps=1)
     sessions = [Session(bench, "replay", replay_size=size, **options) for size in (1, 8)]
     for session in sessions:  # until the bank is full
-        for _ in range(2 if bench.quick else 8):
+        for _ in range(1 if bench.quick else 7):
             session.train()
     small, large = take_turns(bench.rounds(8), *(lambda s=session: s.train()[0] for session in sessions))
     bench.row("replay", "8 checkpoints over 1, time", ratios(large, small), ("<=", 1.03))
@@ -467,14 +468,14 @@ def turn_over(session):
 
 def line_turnover(bench):
     for mode in ("lora", "full"):
-        session = Session(bench, "turnover", train_mode=mode)
+        session = Session(bench, "turnover", train_mode=mode, train_batch_size=1)
         updates, turns = take_turns(bench.rounds(3), session.update, lambda s=session: turn_over(s))
         share = [ratio / session.args.replay_steps for ratio in ratios(turns, updates)]
         bench.row("turnover", f"{mode}, share of {session.args.replay_steps} updates", share)
 
 
 def line_batch(bench):
-    sizes = (1, 2, 4, 8)
+    sizes = (1, 2, 4)
     sessions = [Session(bench, "batch", train_batch_size=size) for size in sizes]
     times = take_turns(bench.rounds(3), *(session.update for session in sessions))
     for i in range(1, len(sizes)):

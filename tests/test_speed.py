@@ -2,6 +2,8 @@
 
 import contextlib
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +113,30 @@ def test_the_base_as_reference_does_without_the_adapter(sd):
         assert all(torch.equal(weight, base[name]) for name, weight in script.policy_weights(models, args).items())
 
 
+def test_the_next_rollout_is_loaded_ahead():
+    """Two loader processes have all eight micro-batches of a rollout ready while the one before is trained on."""
+    words = "--train_batch_size 1 --rollout_batch_size 8 --gradient_accumulation_steps 8 --dataloader_num_workers 2"
+    args = script.parse_args([*flags("unused", "unused", "unused"), *words.split()])
+    loaded = torch.zeros(64).share_memory_()
+
+    def load(row, _, epoch):
+        loaded[row] = 1
+        return row
+
+    rows = SimpleNamespace(streaming=False, rows=lambda epoch, offset: ((row, row) for row in range(offset, 64)))
+    loader = script.make_loader(rows, load, args, SimpleNamespace(process_index=0, num_processes=1), (0, 0))
+    assert [next(loader) for _ in range(8)] == [([row], (0, row + 1)) for row in range(8)]
+    for _ in range(1000):
+        if loaded[:16].all():
+            break
+        time.sleep(0.01)
+    assert loaded[:16].all() and not loaded[24:].any()
+
+
 def test_benchmark_runs(capsys):
-    benchmark.main(["--quick", "--lines", "calls", "floor", "draws"])
-    printed = capsys.readouterr().out
-    print(printed)
+    """Its lines come out as a table, from a model too small for their numbers to mean anything."""
+    benchmark.main(["--quick", "--lines", "obvious", "calls"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "over ours" in line] == ["obvious", "obvious"]
+    counted = [line for line in lines if line.startswith("calls")]
+    assert len(counted) == 4 and all("as expected" in line for line in counted)
