@@ -712,7 +712,7 @@ RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # by which s
 
 @dataclass
 class Models:
-    """The parts of the pipeline. `reference`: the reference's weights by name, empty for the base in LoRA mode."""
+    """The parts of the pipeline. `reference`: its weight for each parameter, or none for the base in LoRA mode."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -956,17 +956,16 @@ def load_reference(models, weights, args):
     """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
     if args.train_mode == "lora":
         adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        names = {name: f"{name.removesuffix('weight')}{POLICY}.weight" for name in weights}
-        weights = {names[name]: weight for name, weight in weights.items()} if adapted else {}
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
     models.reference, device = None, models.denoiser.device  # the old one makes room first
-    models.reference = {name: weight.to(device) for name, weight in weights.items()}
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
 
 def exchange_weights(models):
     """The reference's weights take the place of the policy's, and the other way round. Nothing is copied."""
-    for name, weight in models.denoiser.named_parameters():
-        if name in models.reference:
-            weight.data, models.reference[name] = models.reference[name], weight.data
+    for parameter, weight in models.reference.items():
+        parameter.data, models.reference[parameter] = weight, parameter.data
 
 
 @contextmanager

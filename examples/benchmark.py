@@ -42,6 +42,7 @@ import io
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -201,8 +202,7 @@ class Session:
     def __init__(self, bench, name, data=None, **options):
         output = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.directory))
         self.args = script.parse_args(bench.flags(data or bench.folder, output, **options))
-        with mock.patch.object(script, "train") as train, silent():
-            train.return_value = 15  # as if stopped by SIGTERM: nothing is saved
+        with mock.patch.object(script, "train", return_value=signal.SIGTERM) as train, silent():  # nothing is saved
             with contextlib.suppress(SystemExit):
                 script.main(self.args)
         self.inputs = train.call_args.args
@@ -219,7 +219,9 @@ class Session:
 
         self.args.max_train_steps = self.record["step"] + 1
         with mock.patch.object(script, "update", noted), silent():
-            script.train(*self.inputs)
+            stopped = script.train(*self.inputs)
+        if stopped:  # by a signal, which the loop answers to
+            sys.exit(128 + stopped)
         moments.append(now())
         return moments[2] - moments[0], moments[2] - moments[1]
 

@@ -67,9 +67,10 @@ def test_cached_winners_are_encoded_once(train, calls):
     assert calls["CLIPTextModel"] == [1, *4 * [2]]
 
 
-@pytest.mark.parametrize("scheduler", ["dpmsolver", "ddim"])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(
+    "scheduler, strength, mode",
+    [("dpmsolver", 1.0, "lora"), ("dpmsolver", 0.5, "full"), ("ddim", 1.0, "full"), ("ddim", 0.5, "lora")],
+)
 def test_sampling_and_training_never_wait_for_the_accelerator(sd, scheduler, strength, mode):
     """Tensors on the meta device have no values: looking at one, for which a GPU must be waited for, raises."""
     options = dict(rollout_scheduler=scheduler, rollout_strength=strength, rollout_steps=4, train_mode=mode)
@@ -77,8 +78,8 @@ def test_sampling_and_training_never_wait_for_the_accelerator(sd, scheduler, str
     models = script.load_models(args, torch.float32)
     script.prepare_denoisers(models, args, "cpu")
     models.denoiser.to("meta")
-    weights = {name: weight.detach() for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    models.reference = weights
+    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
+    models.reference = {parameter: torch.empty_like(parameter) for parameter in trained}
     with torch.device("meta"):
         condition = {"prompt_embeds": torch.randn(2, 24, 16)}
         batch = {"winner": torch.randn(2, 4, 8, 8), "condition": condition, "unconditional": condition}
@@ -111,6 +112,21 @@ def test_the_base_as_reference_does_without_the_adapter(sd):
         assert torch.equal(policy, prediction) == (weights is base)
         assert policy.requires_grad and not prediction.requires_grad
         assert all(torch.equal(weight, base[name]) for name, weight in script.policy_weights(models, args).items())
+
+
+def test_adapters_take_activations_as_they_are(sd):
+    """Under autocast the attention's output is in half precision: peft would cast it to fp32, and autocast back."""
+    args = script.parse_args(flags(sd, "unused", "unused"))
+    models = script.load_models(args, torch.bfloat16)
+    script.prepare_denoisers(models, args, "cpu")
+    taken = []
+    for name, module in models.denoiser.named_modules():
+        if name.endswith(f"to_out.0.lora_A.{script.POLICY}"):
+            module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].dtype))
+    condition = {"prompt_embeds": torch.randn(1, 24, 16, dtype=torch.bfloat16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        script.predict(models.denoiser, torch.randn(1, 4, 8, 8), torch.tensor([500]), condition)
+    assert taken == 8 * [torch.bfloat16]
 
 
 def test_the_next_rollout_is_loaded_ahead():
