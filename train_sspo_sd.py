@@ -33,9 +33,10 @@ At the first update policy and reference are the same model, so L = ln 2 exactly
 two gaps are what to watch. Where the paper is silent or two of its versions differ, --help says what is chosen.
 
 Cost of one update on one process, in forward calls of the UNet, for P = --train_batch_size x
---gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps calls on 2 x --rollout_batch_size
-latents (guidance doubles them), then, for each of the --gradient_accumulation_steps micro-batches, one call of the
-reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents, the latter with its backward.
+--gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps x --rollout_strength calls on
+2 x --rollout_batch_size latents (guidance doubles them), then, for each of the --gradient_accumulation_steps
+micro-batches, one call of the reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents,
+the latter with its backward.
 
     accelerate launch train_sspo_sd.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \

@@ -34,9 +34,10 @@ At the first update policy and reference are the same model, so L = ln 2 exactly
 two gaps are what to watch. Where the paper is silent or two of its versions differ, --help says what is chosen.
 
 Cost of one update on one process, in forward calls of the UNet, for P = --train_batch_size x
---gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps calls on 2 x --rollout_batch_size
-latents (guidance doubles them), then, for each of the --gradient_accumulation_steps micro-batches, one call of the
-reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents, the latter with its backward.
+--gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps x --rollout_strength calls on
+2 x --rollout_batch_size latents (guidance doubles them), then, for each of the --gradient_accumulation_steps
+micro-batches, one call of the reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents,
+the latter with its backward.
 
 Beside train_sspo_sd.py: the model is a Stable Diffusion 1.x image model, which stays as it is, and a motion adapter,
 whose motion modules are trained (LoRA on their attention, or every weight of them). Latents are (c, f, h, w), errors
