@@ -1370,8 +1370,9 @@ def encode_examples(models, examples):
     """Replaces the pixels and the caption of each example by latents (`mean`, `std`) and `prompt`, in place."""
     mean, std = encode_image(models, torch.stack([example.pop("pixels") for example in examples]))
     prompts = encode_prompt(models, [example.pop("caption") for example in examples])
+    finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist()
     for i, example in enumerate(examples):
-        if not (mean[i].isfinite().all() and std[i].isfinite().all()):
+        if not finite[i]:
             raise UserError(
                 f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
                 "precision; try --mixed_precision no or bf16"

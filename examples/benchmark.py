@@ -25,8 +25,8 @@ replay        Time and peak memory of an update, its push and its reference's lo
               --replay_size 8 over 1.
 turnover      Time of one push and one load over that of the --replay_steps updates that they come once in.
 batch         Time a pair at twice the batch, over that at the batch.
-processes     Time of an update of two processes over that of one, each process with the same batch. On one machine's
-              CPU they share the memory's bandwidth.
+processes     Time of an update of two processes over that of one, by the clock, from launches one after the other, at
+              the same batch in each process. It needs two devices or idle cores.
 calls         Calls of the UNet in an update, counted by a hook, and what `expected_calls` says.
 
     python examples/benchmark.py                            # all lines, a quarter of an hour of one core
@@ -487,28 +487,22 @@ def line_batch(bench):
 
 def line_processes(bench):
     """Real launches, one after the other: the first update warms up."""
-    updates, times = 1 + bench.rounds(4), {}
+    updates, times, environment = 1 + bench.rounds(4), {}, dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     for processes in (1, 2):
         output = bench.directory / f"processes-{processes}"
         options = dict(train_batch_size=2, max_train_steps=updates, report_to="none")
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            processes,
-            "--num_machines",
-            1,
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"][: 5 if processes > 1 else 4]
-        environment = dict(os.environ)
-        if not torch.cuda.is_available():
-            environment.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
-        command = [*launch, ROOT / "train_sspo_sd.py", *bench.flags(bench.folder, output, **options)]
-        subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
+        launch = ["accelerate.commands.launch", "--num_machines", 1, "--num_processes", processes]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
+        script_and_flags = [ROOT / "train_sspo_sd.py", *bench.flags(bench.folder, output, **options)]
+        command = list(map(str, [sys.executable, "-m", *launch, *script_and_flags]))
+        log = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stderr
+        if f"of {2 * processes} pairs" not in log:
+            sys.exit(f"accelerate did not start {processes} processes: {log}")
         lines = (output / "metrics.jsonl").read_text().splitlines()
         times[processes] = [json.loads(line)["time/update"] for line in lines][1:]
-    bench.row("processes", "2 over 1", ratios(times[2], times[1]))
+    bench.row("processes", "2 over 1, each with the same batch", ratios(times[2], times[1]))
 
 
 def line_calls(bench):
