@@ -21,9 +21,9 @@ obvious way   Time of the same update put together from stock parts, over ours: 
               separate forwards. Once with the pipeline's own sampler and 50 steps, once with ours and as many steps.
 draws         Cost of a draw of (timestep, noise) with --draws_per_pair n, over that with 1.
 rows          Time of an update (with a rollout of 2 steps, so that data weigh more) on 100 times as many winners.
-replay        Time and peak memory of an update, its push and its reference's load (--replay_steps 1, full) with
-              --replay_size 8 over 1.
-turnover      Time of one push and one load over that of the --replay_steps updates that they come once in.
+replay        Time of an update, its push and its reference's load (--replay_steps 1, full) with --replay_size 8 over
+              1, and peak memory of a whole run of ten of them in a process of its own.
+turnover      Time of one push and one load, in per cent of the --replay_steps updates that they come once in.
 batch         Time a pair at twice the batch, over that at the batch.
 processes     Time of an update of two processes over that of one, by the clock, from launches one after the other, at
               the same batch in each process. It needs two devices or idle cores.
@@ -41,7 +41,6 @@ import copy
 import io
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -61,8 +60,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 import train_sspo_sd as script
 
@@ -432,20 +433,14 @@ def line_rows(bench):
         bench.row("rows", what, ratios(long, short), ("<=", 1.02))
 
 
-def peak_memory(job):
-    """Bytes at the peak of what `job` does: of the accelerator's memory, or of this process's on Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        job()
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    job()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory(bench, **options):
+    """Peak resident memory, in KiB on Linux, of a whole run of the script in a process of its own."""
+    flags = bench.flags(bench.folder, tempfile.mkdtemp(dir=bench.directory), report_to="none", **options)
+    process = subprocess.Popen([sys.executable, ROOT / "train_sspo_sd.py", *flags], stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"a run ended with status {status}: {' '.join(flags)}")
+    return usage.ru_maxrss
 
 
 def line_replay(bench):
@@ -456,8 +451,8 @@ def line_replay(bench):
             session.train()
     small, large = take_turns(bench.rounds(8), *(lambda s=session: s.train()[0] for session in sessions))
     bench.row("replay", "8 checkpoints over 1, time", ratios(large, small), ("<=", 1.03))
-    small, large = take_turns(bench.rounds(3), *(lambda s=session: peak_memory(s.train) for session in sessions))
-    bench.row("replay", "8 checkpoints over 1, peak memory", ratios(large, small), ("<=", 1.03))
+    small, large = (peak_memory(bench, replay_size=size, max_train_steps=10, **options) for size in (1, 8))
+    bench.row("replay", "8 checkpoints over 1, peak memory", [large / small], ("<=", 1.03))
 
 
 def turn_over(session):
@@ -472,8 +467,8 @@ def line_turnover(bench):
     for mode in ("lora", "full"):
         session = Session(bench, "turnover", train_mode=mode, train_batch_size=1)
         updates, turns = take_turns(bench.rounds(3), session.update, lambda s=session: turn_over(s))
-        share = [ratio / session.args.replay_steps for ratio in ratios(turns, updates)]
-        bench.row("turnover", f"{mode}, share of {session.args.replay_steps} updates", share)
+        share = [100 * ratio / session.args.replay_steps for ratio in ratios(turns, updates)]
+        bench.row("turnover", f"{mode}, per cent of {session.args.replay_steps} updates", share)
 
 
 def line_batch(bench):
@@ -523,6 +518,9 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round")
     args = parser.parse_args(argv)
     started = time.time()
+    datasets.disable_progress_bars()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(directory, args.quick)
         device = (
