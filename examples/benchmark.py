@@ -433,14 +433,26 @@ def line_rows(bench):
         bench.row("rows", what, ratios(long, short), ("<=", 1.02))
 
 
+MEASURED_RUN = """
+import sys, torch, train_sspo_sd as script
+script.main(script.parse_args(sys.argv[1:]))
+if torch.cuda.is_available():
+    print("peak", torch.cuda.max_memory_allocated())
+else:
+    print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
 def peak_memory(bench, **options):
-    """Peak resident memory, in KiB on Linux, of a whole run of the script in a process of its own."""
+    """
+    Peak of the accelerator's memory, or of resident memory (Linux), in a run in a process of its own.
+
+    The run reads it itself: what the system tells a parent of its child's peak begins with the parent's own.
+    """
     flags = bench.flags(bench.folder, tempfile.mkdtemp(dir=bench.directory), report_to="none", **options)
-    process = subprocess.Popen([sys.executable, ROOT / "train_sspo_sd.py", *flags], stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"a run ended with status {status}: {' '.join(flags)}")
-    return usage.ru_maxrss
+    command = [sys.executable, "-c", MEASURED_RUN, *flags]
+    printed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return int(printed.rsplit("peak", 1)[1])
 
 
 def line_replay(bench):
