@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart test test-faults style fix-copies clean
+.PHONY: help quickstart benchmark test test-faults style fix-copies clean
 
 help:
 	@echo "make quickstart   align the embedded model with SSPO, print its scores, draw before and after"
+	@echo "make benchmark    time of an update over that of the model's bare calls, and how it grows (15 minutes)"
 	@echo "make test         style and tests"
 	@echo "make test-faults  the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make fix-copies   rewrite the functions that the scripts share from train_sspo_sd.py"
@@ -21,6 +22,9 @@ $(VENV)/installed: requirements.txt examples/requirements.txt tests/requirements
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
+
+benchmark: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

@@ -33,9 +33,10 @@ At the first update policy and reference are the same model, so L = ln 2 exactly
 two gaps are what to watch. Where the paper is silent or two of its versions differ, --help says what is chosen.
 
 Cost of one update on one process, in forward calls of the UNet, for P = --train_batch_size x
---gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps calls on 2 x --rollout_batch_size
-latents (guidance doubles them), then, for each of the --gradient_accumulation_steps micro-batches, one call of the
-reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents, the latter with its backward.
+--gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps x --rollout_strength calls on
+2 x --rollout_batch_size latents (guidance doubles them), then, for each of the --gradient_accumulation_steps
+micro-batches, one call of the reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents,
+the latter with its backward.
 With --split_pairs each of these is two on half as many, and the policy's half once more in the backward.
 
     accelerate launch train_sspo_sd.py \
@@ -61,7 +62,6 @@ import signal
 import sys
 import time
 import uuid
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -105,20 +105,19 @@ from diffusers.utils.import_utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
 logger = get_logger(Path(__file__).stem)
 
-# Two adapters live on one UNet in LoRA mode. The policy's must be called "default": diffusers looks its rank and alpha
-# up under that name when it saves them.
-POLICY, REFERENCE = "default", "reference"
+# The name of the adapter in LoRA mode: diffusers looks its rank and alpha up under it when it saves them.
+POLICY = "default"
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
@@ -799,14 +798,17 @@ class Loader:
         stream = WinnerStream(
             winners, load, args.train_batch_size, accelerator.process_index, accelerator.num_processes, cursor
         )
+        # datasets would deal a stream's shards out to several of them, and so change the order.
+        workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
+        rollout = args.rollout_batch_size // args.train_batch_size  # micro-batches that are asked for at once
         self.batches = iter(
             torch.utils.data.DataLoader(
                 stream,
                 batch_size=None,
                 collate_fn=tuple,
-                # datasets would deal a stream's shards out to several of them, and so change the order.
-                num_workers=min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers,
+                num_workers=workers,
                 worker_init_fn=leave_group,
+                prefetch_factor=max(math.ceil(rollout / workers), 2) if workers else None,
             )
         )
 
@@ -846,7 +848,7 @@ RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # by which s
 
 @dataclass
 class Models:
-    """The parts of the pipeline. `reference`: the reference's weights by name in full mode, None otherwise."""
+    """The parts of the pipeline. `reference`: its weight for each parameter, or none for the base in LoRA mode."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -1056,19 +1058,20 @@ def prepare_denoisers(models, args, device):
     """
     Makes the policy trainable and sets the reference beside it.
 
-    LoRA: two adapters on one frozen denoiser. Full: a second set of the trained weights, in fp32 like the policy's,
-    because a reference in half precision would put rounding noise in the gaps. The denoiser stays in evaluation mode:
-    no layer needs the other, and dropout in the policy alone would bias the switch.
+    LoRA: an adapter on the frozen denoiser. The reference is a second set of the trained weights, in fp32 like the
+    policy's, because a reference in half precision would put rounding noise in the gaps. The denoiser stays in
+    evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch.
     """
     denoiser = models.denoiser.to(device)
     if args.train_mode == "lora":
         config = LoraConfig(
             r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
         )
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what we want
-        for adapter in [POLICY] if args.loss_type == "sft" else [REFERENCE, POLICY]:
-            denoiser.add_adapter(config, adapter_name=adapter)  # the last to be added is the active, trainable one
-            cast_training_params(denoiser, torch.float32)
+        denoiser.add_adapter(config, adapter_name=POLICY)
+        cast_training_params(denoiser, torch.float32)
+        for module in denoiser.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
     else:
         for parameter in trained_in_full(denoiser):
             parameter.requires_grad_(True)
@@ -1089,12 +1092,19 @@ def policy_weights(models, args):
 
 
 def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference."""
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
     if args.train_mode == "lora":
-        set_peft_model_state_dict(models.denoiser, weights, adapter_name=REFERENCE)
-    else:
-        models.reference = None  # the old one makes room first
-        models.reference = {name: weight.to(models.denoiser.device) for name, weight in weights.items()}
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
+
+
+def exchange_weights(models):
+    """The reference's weights take the place of the policy's, and the other way round. Nothing is copied."""
+    for parameter, weight in models.reference.items():
+        parameter.data, models.reference[parameter] = weight, parameter.data
 
 
 @contextmanager
@@ -1102,19 +1112,21 @@ def as_reference(models, args):
     """
     Gives the denoiser with the reference's weights, without gradients.
 
-    In LoRA mode this switches the adapter of the one denoiser and back. That must not happen between the policy's
-    forward and its backward, since a switch also flips requires_grad: the reference always goes first. In full mode
-    the policy's weights stay where they are, and each call runs with the reference's in their stead.
+    It is the policy's denoiser; its own weights come back behind. That must not happen between the policy's forward
+    and its backward, which needs them: the reference always goes first. Where the reference is LoRA's base, the
+    denoiser goes without the adapter, which would only cost time: the result is the same to the last bit.
     """
-    with torch.no_grad():
-        if args.train_mode == "full":
-            yield lambda *inputs, **named: functional_call(models.denoiser, models.reference, inputs, named)
-            return
-        models.denoiser.set_adapter(REFERENCE)
-        try:
-            yield models.denoiser
-        finally:
-            models.denoiser.set_adapter(POLICY)
+    denoiser = models.denoiser
+    if args.train_mode == "lora" and not models.reference:
+        begin, end = denoiser.disable_adapters, denoiser.enable_adapters
+    else:
+        begin = end = functools.partial(exchange_weights, models)
+    begin()
+    try:
+        with torch.no_grad():
+            yield denoiser
+    finally:
+        end()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1209,15 +1221,18 @@ def self_sample(
     """
     guided = guidance_scale > 1
     both = join_conditions(unconditional, condition) if guided else condition
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)  # left on the CPU: each look at one on the accelerator would wait for its work
     timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
     if strength < 1:
         timesteps = timesteps[-int(steps * strength) * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
+    if strength < 1:
         latents = scheduler.add_noise(winners, noise, timesteps[:1].expand(len(noise)))
-    for timestep in timesteps:
+    for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
         noisy = torch.cat([latents, latents]) if guided else latents
         noisy = scheduler.scale_model_input(noisy, timestep)
-        prediction = predict(denoiser, noisy, timestep.expand(len(noisy)), both)
+        prediction = predict(denoiser, noisy, on_device.expand(len(noisy)), both)
         if guided:
             without, with_caption = prediction.chunk(2)
             prediction = without + guidance_scale * (with_caption - without)
@@ -1397,8 +1412,9 @@ def encode_examples(models, examples):
     """Replaces the pixels and the caption of each example by latents (`mean`, `std`) and `prompt`, in place."""
     mean, std = encode_image(models, torch.stack([example.pop("pixels") for example in examples]))
     prompts = encode_prompt(models, [example.pop("caption") for example in examples])
+    finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist()
     for i, example in enumerate(examples):
-        if not (mean[i].isfinite().all() and std[i].isfinite().all()):
+        if not finite[i]:
             raise UserError(
                 f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
                 "precision; try --mixed_precision no or bf16"

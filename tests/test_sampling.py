@@ -1,4 +1,4 @@
-"""Self-sampling against the stock pipelines, and the forward calls that an update costs."""
+"""Self-sampling against the stock pipelines."""
 
 import pytest
 import tiny
@@ -146,23 +146,6 @@ def test_reference_error_is_that_of_the_saved_weights(train, sd, monkeypatch):
             error = script.denoising_errors(models.denoiser, models, *draws).mean()
         assert abs(logged[f"gap/{half}"]) > 1e-4
         assert error.item() == pytest.approx(logged[f"mse/policy_{half}"] - logged[f"gap/{half}"], abs=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("draws", [1, 3])
-def test_an_update_costs_the_calls_that_the_docstring_says(train, monkeypatch, mode, draws):
-    """P = 2 x 4 pairs, rollouts of 4: 2 x 3 sampler calls on 8 latents, then per micro-batch 2 calls on 4 x draws."""
-    calls = []
-    predict = script.predict
-    monkeypatch.setattr(script, "predict", lambda *a: calls.append(len(a[1])) or predict(*a))
-    train(
-        max_train_steps=1,
-        gradient_accumulation_steps=4,
-        rollout_batch_size=4,
-        train_mode=mode,
-        draws_per_pair=draws,
-    )
-    assert calls == 2 * (3 * [8] + 2 * 2 * [4 * draws])
 
 
 def test_split_pairs_cost_half_a_forward_of_the_policy(train, monkeypatch):

@@ -1,0 +1,548 @@
+"""How close train_sspo_sd.py comes to the bare calls of its UNet, and how its cost grows. `make benchmark` runs it.
+
+The model is Stable Diffusion 1.5 at a quarter of its width (UNet of 54 million random weights, text encoder and VAE to
+scale), at 16 x 16 latents. Everything runs in one process, on the accelerator if there is one. What is compared takes
+turns, so that a machine's moods fall on both; of the ratios of neighbours the median counts, and the lowest and the
+highest are printed beside it. On a CPU seconds are those that this process computes, whatever else the machine does.
+
+What an update is: all that the script does from asking for its data to writing its logs, in a run that `main` has set
+up. Loading a reference and pushing a checkpoint, once in --replay_steps updates, have a line of their own.
+
+Lines of the table:
+
+floor         Time of an update over the time of the UNet's calls alone, at the same shapes on a UNet that nothing is
+              wrapped around: each call of the update is followed by its bare twin. "bare": for LoRA without adapters,
+              and a backward to the input through frozen weights; for full a backward to all weights. "with adapters":
+              a UNet with the same LoRA layers in it. "cached": with --cache_latents; otherwise winners and captions
+              are encoded in each update, which costs calls of VAE and text encoder that the floor does not count.
+              In the first iteration the reference is the base, in the second what the policy was.
+obvious way   Time of the same update put together from stock parts, over ours: one example at a time through the stock
+              pipeline, its picture to PIL and back through the VAE, a deep-copied reference, winner and rival in
+              separate forwards. Once with the pipeline's own sampler and 50 steps, once with ours and as many steps.
+draws         Cost of a draw of (timestep, noise) with --draws_per_pair n, over that with 1.
+rows          Time of an update (with a rollout of 2 steps, so that data weigh more) on 100 times as many winners.
+replay        Time of an update, its push and its reference's load (--replay_steps 1, full) with --replay_size 8 over
+              1, and peak memory of a whole run of ten of them in a process of its own.
+turnover      Time of one push and one load, in per cent of the --replay_steps updates that they come once in.
+batch         Time a pair at twice the batch, over that at the batch.
+processes     Time of an update of two processes over that of one, by the clock, from launches one after the other, at
+              the same batch in each process. It needs two devices or idle cores.
+calls         Calls of the UNet in an update, counted by a hook, and what `expected_calls` says.
+
+    python examples/benchmark.py                            # all lines, a quarter of an hour of one core
+    python examples/benchmark.py --lines floor obvious      # some
+    python examples/benchmark.py --quick                    # a tiny model: shows that it runs, not how fast
+"""
+
+# ruff: noqa: E402
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+import train_sspo_sd as script
+
+
+CAPTIONS = [f"a {size} {color} {thing}" for size in ("small", "big") for color in ("red", "blue") for thing in "abcd"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The formula
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def expected_calls(args):
+    """
+    The calls of the UNet in one update of one process, in order: the number of latents of each.
+
+    This is the cost that the script's docstring tells: the sampler's steps on the guidance-doubled rollout batch, then
+    for each micro-batch the reference and the policy on winners and rivals at once.
+    """
+    micro_batches, b = args.gradient_accumulation_steps, args.train_batch_size
+    if args.loss_type == "sft":
+        return micro_batches * [b * args.draws_per_pair]
+    steps = args.rollout_steps if args.rollout_strength == 1 else int(args.rollout_steps * args.rollout_strength)
+    guided, group, calls = 2 if args.rollout_guidance_scale > 1 else 1, args.rollout_batch_size // b, []
+    for first in range(0, micro_batches, group):
+        sampled = min(group, micro_batches - first)
+        calls += steps * [guided * sampled * b] + sampled * 2 * [2 * b * args.draws_per_pair]
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Model and data
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def write_model(directory, width=80):
+    """Writes Stable Diffusion 1.5 with random weights; `width` is 320 in the original, the other parts go with it."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples/emoji/base/tokenizer", model_max_length=77)
+    hidden, groups = width * 12 // 5, width // 10
+    text_encoder = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        norm_num_groups=groups,
+        attention_head_dim=8,
+        cross_attention_dim=hidden,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=[width * 2 // 5 * times for times in (1, 2, 4, 4)],
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=groups,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_encoder),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+    return unet.num_parameters()
+
+
+def pictures(count, side=160):
+    """Soft patches of colour, wider than high."""
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        patches = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        yield Image.fromarray(patches).resize((side, side * 4 // 5), Image.Resampling.BICUBIC)
+
+
+def write_folder(directory, count=32):
+    """An imagefolder of winners."""
+    directory.mkdir()
+    with (directory / "metadata.jsonl").open("w") as metadata:
+        for i, picture in enumerate(pictures(count)):
+            picture.save(directory / f"{i}.jpg")
+            metadata.write(json.dumps({"file_name": f"{i}.jpg", "text": CAPTIONS[i % len(CAPTIONS)]}) + "\n")
+
+
+def write_rows(directory, count, shard=10_000):
+    """`count` winners in parquet files, as large data sets come. Their pictures repeat."""
+    directory.mkdir()
+    encoded = []
+    for picture in pictures(100):
+        file = io.BytesIO()
+        picture.save(file, "jpeg")
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for first in range(0, count, shard):
+        rows = range(first, min(first + shard, count))
+        columns = {"image": [encoded[i % 100] for i in rows], "text": [CAPTIONS[i % len(CAPTIONS)] for i in rows]}
+        datasets.Dataset.from_dict(columns, features).to_parquet(directory / f"train-{first:06}.parquet")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A run, update by update
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def now():
+    """Seconds: of the clock on an accelerator, of this process's work on a CPU, which others may share."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+@contextlib.contextmanager
+def silent():
+    """Without progress bars and logs. Errors still come through."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+class Session:
+    """A run that `main` has set up, and that stands where its loop would begin."""
+
+    def __init__(self, bench, name, data=None, **options):
+        output = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.directory))
+        self.args = script.parse_args(bench.flags(data or bench.folder, output, **options))
+        with mock.patch.object(script, "train", return_value=signal.SIGTERM) as train, silent():  # nothing is saved
+            with contextlib.suppress(SystemExit):
+                script.main(self.args)
+        self.inputs = train.call_args.args
+        _, self.models, *_, self.bank, _, _, self.record, _, self.accelerator = self.inputs
+        self.update()  # to warm up
+
+    def train(self):
+        """One update and all that goes with it, by the script's own loop: seconds with the reference, and without."""
+        moments, update = [now()], script.update
+
+        def noted(*inputs):
+            moments.append(now())
+            return update(*inputs)
+
+        self.args.max_train_steps = self.record["step"] + 1
+        with mock.patch.object(script, "update", noted), silent():
+            stopped = script.train(*self.inputs)
+        if stopped:  # by a signal, which the loop answers to
+            sys.exit(128 + stopped)
+        moments.append(now())
+        return moments[2] - moments[0], moments[2] - moments[1]
+
+    def update(self):
+        """Seconds of one update, its reference being in place."""
+        return self.train()[1]
+
+    def enter_second_iteration(self):
+        """One update, then its checkpoint becomes the reference (with --reference latest) of those that follow."""
+        self.update()
+        self.bank.push(1, script.policy_weights(self.models, self.args))
+        self.record["step"] = self.args.replay_steps
+
+    def calls(self):
+        """The numbers of latents of the UNet's calls in one update."""
+        calls = []
+        hook = self.models.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+        self.update()
+        hook.remove()
+        return calls
+
+
+class Bench:
+    """Model, data and settings that the lines share, and the table that they write to."""
+
+    def __init__(self, directory, quick):
+        self.directory, self.quick = Path(directory), quick
+        self.model, self.folder = self.directory / "model", self.directory / "winners"
+        self.size = write_model(self.model, width=20 if quick else 80)
+        write_folder(self.folder)
+
+    def flags(self, data, output, **options):
+        settings = {
+            "pretrained_model_name_or_path": self.model,
+            "train_data_dir": data,
+            "output_dir": output,
+            "cache_dir": self.directory / "cache",
+            "resolution": 128,
+            "checkpointing_steps": 10**6,
+            "cache_latents": True,
+            **({"rollout_steps": 2} if self.quick else {}),
+            **options,
+        }
+        words = []
+        for name, value in settings.items():
+            words += [] if value is False else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return words
+
+    def rounds(self, count):
+        return 1 if self.quick else count
+
+    def row(self, line, what, ratios, goal=None):
+        """Prints the median of `ratios`, with the lowest and the highest, and the goal."""
+        middle = statistics.median(ratios)
+        spread = f"({min(ratios):.3f} .. {max(ratios):.3f})" if len(ratios) > 1 else ""
+        verdict = f"goal {goal[0]} {goal[1]}" if goal else ""
+        print(f"{line:<12} {what:<58} {middle:7.3f} {spread:<18} {verdict}", flush=True)
+        return middle
+
+
+def take_turns(rounds, *jobs):
+    """Runs the jobs in turn: for each job the list of what it returned."""
+    return list(zip(*([job() for job in jobs] for _ in range(rounds))))
+
+
+def ratios(over, under):
+    return [a / b for a, b in zip(over, under)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The lines
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def bare_unet(bench, session, adapters):
+    """A UNet that the script's machinery does not touch, with the same adapters or without."""
+    models = script.load_models(session.args, torch.float32)
+    if adapters:
+        script.prepare_denoisers(models, session.args, session.accelerator.device)
+    elif session.args.train_mode == "full":
+        models.denoiser.requires_grad_(True)
+    return models.denoiser.to(session.accelerator.device).eval()
+
+
+def floor_of(session, twins):
+    """One update, each call of it followed by its twins: seconds of the update, and of each twin's calls."""
+    predict, spent = script.predict, dict.fromkeys(twins, 0.0)
+
+    def followed(denoiser, noisy, timesteps, condition):
+        result = predict(denoiser, noisy, timesteps, condition)
+        for name, unet in twins.items():
+            started = now()
+            backward = torch.is_grad_enabled()
+            inputs = noisy.detach().requires_grad_(backward)
+            output = unet(inputs, timesteps, encoder_hidden_states=condition["prompt_embeds"]).sample
+            if backward:
+                output.float().square().mean().backward()
+            spent[name] += now() - started
+            unet.zero_grad()
+        return result
+
+    with mock.patch.object(script, "predict", followed):
+        total = session.update()
+    return total - sum(spent.values()), spent
+
+
+def line_floor(bench):
+    for mode in ("lora", "full"):
+        for cached in (True, False):
+            options = dict(train_mode=mode, cache_latents=cached, reference="latest")
+            session = Session(bench, "floor", **options)
+            twins = {"bare": bare_unet(bench, session, adapters=False)}
+            if mode == "lora":
+                twins["with adapters"] = bare_unet(bench, session, adapters=True)
+            for iteration in ("first", "second") if mode == "lora" and cached else ("second",):
+                if iteration == "second":
+                    session.enter_second_iteration()
+                measured = [floor_of(session, twins) for _ in range(bench.rounds(2 if cached else 1))]
+                for name in twins:
+                    what = f"{mode}{', cached' if cached else ''}, {iteration} iteration, over {name}"
+                    goal = ("<=", 1.05) if cached else None
+                    bench.row("floor", what, [total / spent[name] for total, spent in measured], goal)
+
+
+class ObviousWay:
+    """The same update from stock parts, example by example."""
+
+    def __init__(self, session):
+        self.args, self.device = session.args, session.accelerator.device
+        self.models = models = script.load_models(self.args, torch.float32)
+        script.prepare_denoisers(models, self.args, self.device)
+        for module in models.encoders:
+            module.to(self.device)
+        self.reference = copy.deepcopy(models.denoiser)
+        self.trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(
+            self.args.pretrained_model_name_or_path,
+            unet=self.reference,
+            vae=models.vae,
+            text_encoder=models.text_encoder,
+            tokenizer=models.tokenizer,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.own_scheduler = self.pipeline.scheduler
+        self.examples = datasets.load_dataset("imagefolder", data_dir=self.args.train_data_dir, split="train")
+
+    def sample(self, caption, steps):
+        """The pipeline's picture; with `steps` None it has its own sampler and as many steps as it wants."""
+        self.pipeline.scheduler = script.rollout_scheduler(self.models, self.args) if steps else self.own_scheduler
+        steps = {"num_inference_steps": steps} if steps else {}
+        return self.pipeline(caption, height=self.args.resolution, width=self.args.resolution, **steps).images[0]
+
+    def errors(self, unet, latents, noise, timestep, embeds):
+        noisy = self.models.noise_scheduler.add_noise(latents, noise, timestep)
+        prediction = unet(noisy, timestep, encoder_hidden_states=embeds).sample
+        return (prediction - noise).square().mean().view(1)
+
+    def update(self, steps=None):
+        started, args, side = now(), self.args, self.args.resolution
+        for i in torch.randint(len(self.examples), (args.train_batch_size,)).tolist():
+            example = self.examples[i]
+            pictures = [example["image"].resize((side, side)), self.sample(example["text"], steps)]
+            pixels = [VaeImageProcessor().preprocess(picture).to(self.device) for picture in pictures]
+            winner, rival = (script.encode_image(self.models, one)[0] for one in pixels)
+            embeds = script.encode_prompt(self.models, [example["text"]])[0]["prompt_embeds"][None]
+            draw = (torch.randn_like(winner), torch.randint(1000, (1,), device=self.device), embeds)
+            with torch.no_grad():
+                reference = [self.errors(self.reference, half, *draw) for half in (winner, rival)]
+            policy = [self.errors(self.models.denoiser, half, *draw) for half in (winner, rival)]
+            loss, _ = script.sspo_loss(*policy, *reference, args.beta_dpo)
+            (loss / args.train_batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return now() - started
+
+
+def line_obvious(bench):
+    session = Session(bench, "obvious", cache_latents=False)
+    obvious, steps = ObviousWay(session), session.args.rollout_steps
+    obvious.update(1)  # to warm up
+    ours, own, equal = take_turns(bench.rounds(2), session.update, obvious.update, lambda: obvious.update(steps))
+    bench.row("obvious way", "the pipeline's 50 steps, over ours at the defaults", ratios(own, ours), (">=", 4))
+    bench.row("obvious way", f"{steps} steps, over ours with as many", ratios(equal, ours), (">=", 1.5))
+
+
+def line_draws(bench):
+    counts = (1, 2, 4, 8)
+    sessions = [Session(bench, "draws", train_batch_size=1, draws_per_pair=count) for count in counts]
+    times = take_turns(bench.rounds(3), *(session.update for session in sessions))
+    for count, measured in list(zip(counts, times))[1:]:
+        what = f"cost a draw with {count}, over that with 1"
+        bench.row(
+            "draws", what, [ratio / count for ratio in ratios(measured, times[0])], ("<=", 0.4) if count == 4 else None
+        )
+
+
+def line_rows(bench):
+    few, many = (100, 400) if bench.quick else (1_000, 100_000)
+    for count in (few, many):
+        write_rows(bench.directory / f"rows-{count}", count)
+    for streaming in (False, True):
+        options = dict(streaming=streaming, cache_latents=False, rollout_steps=2, train_batch_size=2)
+        sessions = [Session(bench, "rows", data=bench.directory / f"rows-{count}", **options) for count in (few, many)]
+        short, long = take_turns(bench.rounds(10), *(session.update for session in sessions))
+        what = f"{many} rows{', streaming' if streaming else ''}, over {few}"
+        bench.row("rows", what, ratios(long, short), ("<=", 1.02))
+
+
+MEASURED_RUN = """
+import sys, torch, train_sspo_sd as script
+script.main(script.parse_args(sys.argv[1:]))
+if torch.cuda.is_available():
+    print("peak", torch.cuda.max_memory_allocated())
+else:
+    print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def peak_memory(bench, **options):
+    """
+    Peak of the accelerator's memory, or of resident memory (Linux), in a run in a process of its own.
+
+    The run reads it itself: what the system tells a parent of its child's peak begins with the parent's own.
+    """
+    flags = bench.flags(bench.folder, tempfile.mkdtemp(dir=bench.directory), report_to="none", **options)
+    command = [sys.executable, "-c", MEASURED_RUN, *flags]
+    printed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return int(printed.rsplit("peak", 1)[1])
+
+
+def line_replay(bench):
+    options = dict(train_mode="full", train_batch_size=1, rollout_steps=2, replay_steps=1)
+    sessions = [Session(bench, "replay", replay_size=size, **options) for size in (1, 8)]
+    for session in sessions:  # until the bank is full
+        for _ in range(1 if bench.quick else 7):
+            session.train()
+    small, large = take_turns(bench.rounds(8), *(lambda s=session: s.train()[0] for session in sessions))
+    bench.row("replay", "8 checkpoints over 1, time", ratios(large, small), ("<=", 1.03))
+    small, large = (peak_memory(bench, replay_size=size, max_train_steps=10, **options) for size in (1, 8))
+    bench.row("replay", "8 checkpoints over 1, peak memory", [large / small], ("<=", 1.03))
+
+
+def turn_over(session):
+    """Seconds that it takes to push the policy and to load it as the reference."""
+    started = now()
+    session.bank.push(1, script.policy_weights(session.models, session.args))
+    script.load_reference(session.models, session.bank.load(1), session.args)
+    return now() - started
+
+
+def line_turnover(bench):
+    for mode in ("lora", "full"):
+        session = Session(bench, "turnover", train_mode=mode, train_batch_size=1)
+        updates, turns = take_turns(bench.rounds(3), session.update, lambda s=session: turn_over(s))
+        share = [100 * ratio / session.args.replay_steps for ratio in ratios(turns, updates)]
+        bench.row("turnover", f"{mode}, per cent of {session.args.replay_steps} updates", share)
+
+
+def line_batch(bench):
+    sizes = (1, 2, 4)
+    sessions = [Session(bench, "batch", train_batch_size=size) for size in sizes]
+    times = take_turns(bench.rounds(3), *(session.update for session in sessions))
+    for i in range(1, len(sizes)):
+        what = f"time a pair at batch {sizes[i]}, over batch {sizes[i - 1]}"
+        bench.row("batch", what, [ratio / 2 for ratio in ratios(times[i], times[i - 1])], ("<=", 1))
+
+
+def line_processes(bench):
+    """Real launches, one after the other: the first update warms up."""
+    updates, times, environment = 1 + bench.rounds(4), {}, dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    for processes in (1, 2):
+        output = bench.directory / f"processes-{processes}"
+        options = dict(train_batch_size=2, max_train_steps=updates, report_to="none")
+        launch = ["accelerate.commands.launch", "--num_machines", 1, "--num_processes", processes]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
+        script_and_flags = [ROOT / "train_sspo_sd.py", *bench.flags(bench.folder, output, **options)]
+        command = list(map(str, [sys.executable, "-m", *launch, *script_and_flags]))
+        log = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stderr
+        if f"of {2 * processes} pairs" not in log:
+            sys.exit(f"accelerate did not start {processes} processes: {log}")
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        times[processes] = [json.loads(line)["time/update"] for line in lines][1:]
+    bench.row("processes", "2 over 1, each with the same batch", ratios(times[2], times[1]))
+
+
+def line_calls(bench):
+    for options in ({}, {"rollout_strength": 0.5}, {"loss_type": "sft"}, {"train_mode": "full", "draws_per_pair": 2}):
+        session = Session(bench, "calls", train_batch_size=1, **options)
+        counted, expected = session.calls(), expected_calls(session.args)
+        what = " ".join(f"--{name} {value}" for name, value in options.items()) or "defaults"
+        verdict = "as expected" if counted == expected else f"expected {len(expected)}"
+        print(f"{'calls':<12} {what:<58} {len(counted):7}                    {verdict}", flush=True)
+
+
+LINES = {name.removeprefix("line_"): line for name, line in list(globals().items()) if name.startswith("line_")}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES), help="lines of the table to measure")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and one round")
+    args = parser.parse_args(argv)
+    started = time.time()
+    datasets.disable_progress_bars()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(directory, args.quick)
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        print(f"{device}, load {os.getloadavg()[0]:.1f}; UNet of {bench.size / 1e6:.1f} million weights")
+        for line in args.lines:
+            LINES[line](bench)
+    print(f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
