@@ -1,8 +1,10 @@
-"""examples/evaluate.py: what is drawn, how it is scored and compared, and its page, in a real browser if there is one."""
+"""examples/evaluate.py: what is drawn, how it is scored and compared, and its page, in a real browser."""
 
 import argparse
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -608,3 +610,129 @@ def test_the_table_is_made_of_what_results_hold(run, sd_v, tmp_path, capsys):
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 CHROMIUM_FLAGS += "--disable-component-update --disable-sync --virtual-time-budget=5000"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """index.html of three models, 40 prompts and two scorers, of which the second is better when lower; its scores."""
+    folder, models = tmp_path_factory.mktemp("page"), ["base", "one", "two"]
+    args = evaluate.parse_args(["--base", "b", "--prompts", "p", "--output_dir", str(folder)])
+    args.height = args.width = 16
+    args.guidance_scale = 7.5
+    samples = evaluate.make_samples([f"prompt {i} <b>&amp;</script>" for i in range(40)], args)
+    rng = np.random.default_rng(0)
+    for name in models:
+        (folder / "images" / name).mkdir(parents=True)
+        for sample in samples:
+            color = tuple(map(int, rng.integers(256, size=3)))
+            evaluate.write_picture(Image.new("RGB", (16, 16), color), folder / "images" / name / sample.file)
+    scores = {scorer: {name: rng.normal(size=40).round(3) for name in models} for scorer in ("mine", "lpips")}
+    evaluate.write_page(samples, models, scores, evaluate.make_table(scores, models, args), args)
+    return folder / "index.html", scores
+
+
+@pytest.fixture
+def browse(page, tmp_path):
+    """browse(script, view) opens the page in Chromium, runs the script in it and returns what that returns."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    copy = tmp_path / "index.html"
+
+    def told(script, view="pictures"):
+        driver = f"<script>(async () => {{ {script} }})().catch(String).then(told => {{"
+        driver += "const pre = document.createElement('pre'); pre.id = 'told'; pre.textContent = JSON.stringify(told);"
+        driver += "document.body.append(pre); });</script>"
+        copy.write_text(page[0].read_text().replace("</body>", driver + "</body>"))
+        command = [CHROMIUM, *CHROMIUM_FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        result = subprocess.run([*command, f"{copy.as_uri()}#{view}"], capture_output=True, text=True, timeout=60)
+        found = re.search(r'<pre id="told">(.*?)</pre>', result.stdout, re.DOTALL)
+        assert found, result.stderr[-2000:]
+        return json.loads(html.unescape(found.group(1)))
+
+    return told
+
+
+def test_the_page_needs_no_network_and_shows_every_picture(page, browse):
+    source = page[0].read_text()
+    assert not re.search(r"https?://|src=|<link", source.split("<script")[0]), "everything is inside"
+    told = browse("""
+        const images = [...document.querySelectorAll("#rows img")];
+        await Promise.all(images.map(image => image.decode()));
+        const first = document.querySelectorAll("#rows .sample").length;
+        while (document.querySelectorAll("#rows .sample").length < 40) {
+            scrollTo(0, document.body.scrollHeight);
+            await new Promise(done => setTimeout(done, 50));
+        }
+        return {first, widths: images.map(image => image.naturalWidth), blind: document.getElementById("blind").hidden,
+                title: document.querySelector("h2").textContent, cells: document.querySelectorAll("td").length};
+    """)
+    assert told["first"] < 40, "rows are made as one scrolls"
+    assert set(told["widths"]) == {16} and len(told["widths"]) == 3 * told["first"]
+    assert told["title"] == "prompt 0 <b>&amp;</script>"
+    assert told["blind"] and told["cells"] == 6 * 5
+
+
+def test_rows_are_sorted_by_the_difference_and_filtered_by_words(page, browse):
+    _, scores = page
+    told = browse("""
+        const set = (id, value) => { const it = document.getElementById(id); it.value = value;
+            it.dispatchEvent(new Event(id === "filter" ? "input" : "change")); };
+        const titles = () => rows.map(row => Number(row.prompt.split(" ")[1]));
+        const told = {};
+        set("sort", 0); set("model", 2); told.gain = titles();
+        set("order", -1); told.loss = titles();
+        set("sort", 1); set("order", 1); told.lower = titles();
+        set("filter", "PROMPT 3"); told.filtered = [titles(), document.getElementById("count").textContent];
+        return told;
+    """)
+    gained = scores["mine"]["two"] - scores["mine"]["base"]
+    assert told["gain"] == list(np.argsort(-gained)) and told["loss"] == list(np.argsort(gained))
+    lower = scores["lpips"]["two"] - scores["lpips"]["base"]
+    assert told["lower"] == list(np.argsort(lower)), "the largest gain is the largest fall of lpips"
+    found, count = told["filtered"]
+    assert set(found) == {i for i in range(40) if "3" in str(i)} and count == f"{len(found)} of 40"
+
+
+VOTING = """
+    const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    const text = id => document.getElementById(id).textContent;
+"""
+
+
+def test_a_person_votes_blindly_with_the_keyboard(page, browse):
+    script = """
+        const shown = () => ["left", "right"].map(id => document.getElementById(id).src);
+        const places = [];
+        const keys = ["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowLeft", "Backspace", "ArrowDown", "ArrowLeft"];
+        for (const key of keys) {
+            const sample = openTurn();
+            places.push(...sides(sample).map((model, side) => sample.pictures[model] === shown()[side]));
+            press(key);
+        }
+        let saved;
+        URL.createObjectURL = blob => { saved = blob.text(); return "#blind"; };
+        download();
+        return {placed: places.every(Boolean), kept: JSON.parse(localStorage.getItem(STORE)), result: text("result"),
+                progress: text("progress"), saved: JSON.parse(await saved)};
+    """
+    told = browse(VOTING + script, "blind")
+    votes = told["kept"]
+    assert told["placed"] and told["progress"] == "5 of 40 judged"
+    assert [vote["winner"] and (vote["winner"] == vote["left"]) for vote in votes] == [True, False, None, None, True]
+    assert all({vote["left"], vote["right"]} == {"base", "one"} for vote in votes)
+    wins = sum(vote["winner"] == "one" for vote in votes) + 1  # two ties are a win
+    low, high = scipy.stats.binomtest(wins, 5).proportion_ci(method="wilson")
+    assert f"one wins {wins / 5:.1%}".replace("%", " %") in told["result"]
+    assert f"{100 * low:.1f} % to {100 * high:.1f} %" in told["result"]
+    assert told["saved"]["votes"] == votes and told["saved"]["summary"]["win_rate"] == wins / 5
+
+    again = browse(VOTING + 'press("Backspace"); return [votes, text("progress")];', "blind")
+    assert again == [votes[:-1], "4 of 40 judged"], "the votes outlive the page, and can still be undone"
+
+
+def test_sides_are_shuffled_by_a_keyed_draw(browse):
+    script = "return data.samples.map(sample => [sides(sample)[0], turns.indexOf(sample)]);"
+    first, again = browse(script, "blind"), browse(script, "blind")
+    assert first == again
+    assert 8 < sum(left for left, _ in first) < 32, "each is on either side about as often"
+    assert [turn for _, turn in first] != list(range(40)), "the order tells nothing"
