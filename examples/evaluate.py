@@ -1,5 +1,18 @@
 #!/usr/bin/env python
 # Copyright 2026 The SSPO training authors. Licensed under the Apache License, Version 2.0.
+#
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "diffusers>=0.41,<0.43",
+#     "transformers>=5.0,<6",
+#     "accelerate>=1.15,<2",
+#     "datasets>=5.0,<6",
+#     "peft>=0.21,<0.22",
+#     "av>=15,<19",
+# ]
+# ///
 """
 Draws the same prompts with several models, from the same noise, scores the pictures, and compares each with the base.
 
@@ -390,16 +403,17 @@ LORA = "pytorch_lora_weights.safetensors"
 PARTS = (
     r"(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler|motion_adapter)/[^/]+|model_index\.json"
 )
-# What a folder with this file in it is, and which files it consists of.
+# What a folder with this file in it is, in which of its folders the weights are, and which files they are.
 PICTURE_KINDS = {
-    "model_index.json": ("pipeline", PARTS),
-    LORA: ("lora", re.escape(LORA)),
-    "unet/config.json": ("unet", r"unet/.+"),  # in a checkpoint of a full run
+    "model_index.json": ("pipeline", None, PARTS),
+    LORA: ("lora", None, re.escape(LORA)),
+    "unet/config.json": ("unet", "unet", r"unet/.+"),  # in a checkpoint of a full run
+    "config.json": ("unet", None, r"config\.json|diffusion_pytorch_model.*"),
 }
 CLIP_KINDS = {
-    LORA: ("lora", re.escape(LORA)),
-    "motion_adapter/config.json": ("adapter of a checkpoint", r"motion_adapter/.+"),
-    "config.json": ("adapter", r"config\.json|diffusion_pytorch_model.*"),
+    LORA: ("lora", None, re.escape(LORA)),
+    "motion_adapter/config.json": ("adapter", "motion_adapter", r"motion_adapter/.+"),  # in a checkpoint likewise
+    "config.json": ("adapter", None, r"config\.json|diffusion_pytorch_model.*"),
 }
 
 
@@ -411,6 +425,7 @@ class Model:
     path: str
     kind: str
     fingerprint: str
+    subfolder: str | None = None
 
 
 def file_names(path):
@@ -432,9 +447,9 @@ def find_model(name, path, args):
     except Exception as error:  # a name that no hub has, no network, no access
         raise UserError(f"{told} is neither a file or folder here nor on the hub: {one_line(error)}") from error
     kinds = PICTURE_KINDS if args.motion_adapter_name_or_path is None else CLIP_KINDS
-    for mark, (kind, files) in kinds.items():
+    for mark, (kind, subfolder, files) in kinds.items():
         if mark in names:
-            return Model(name, path, kind, fingerprint_of(path, files))
+            return Model(name, path, kind, fingerprint_of(path, files), subfolder)
     saved = sorted(file for file in names if re.fullmatch(r"checkpoint-\d+", file))
     hint = f"; it has {', '.join(saved)}, which may be named" if saved else ""
     raise UserError(f"{told} holds no model: it has none of {', '.join(kinds)}{hint}")
@@ -484,7 +499,7 @@ def find_base(args):
         args.guidance_scale = 8.0 if motion is not None else 5.0 if "XL" in index["_class_name"] else 7.5
     args.dtype = args.dtype or ("fp16" if torch.cuda.is_available() else "fp32")
     prints = [fingerprint_of(args.base, PARTS)]
-    prints += [fingerprint_of(motion, CLIP_KINDS["config.json"][1])] if motion is not None else []
+    prints += [fingerprint_of(motion, CLIP_KINDS["config.json"][2])] if motion is not None else []
     return Model(BASE, args.base, BASE, " with ".join(prints))
 
 
@@ -518,7 +533,7 @@ def picture_pipeline(model, args, dtype):
     """The base, or the whole pipeline that `model` is, or the base with its unet."""
     options = dict(cache_dir=args.cache_dir, torch_dtype=dtype)
     if model.kind == "unet":
-        options["unet"] = UNet2DConditionModel.from_pretrained(model.path, subfolder="unet", **options)
+        options["unet"] = UNet2DConditionModel.from_pretrained(model.path, subfolder=model.subfolder, **options)
     if args.pretrained_vae_model_name_or_path is not None:
         options["vae"] = AutoencoderKL.from_pretrained(
             args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=dtype
@@ -539,9 +554,8 @@ def picture_pipeline(model, args, dtype):
 def clip_pipeline(model, args, dtype):
     """AnimateDiff with the base's motion adapter, or with the one that `model` is."""
     options = dict(cache_dir=args.cache_dir, torch_dtype=dtype)
-    adapter = model.path if model.kind.startswith("adapter") else args.motion_adapter_name_or_path
-    subfolder = "motion_adapter" if model.kind == "adapter of a checkpoint" else None
-    adapter = MotionAdapter.from_pretrained(adapter, subfolder=subfolder, **options)
+    adapter = model.path if model.kind == "adapter" else args.motion_adapter_name_or_path
+    adapter = MotionAdapter.from_pretrained(adapter, subfolder=model.subfolder, **options)
     options.update(revision=args.revision, variant=args.variant)
     return AnimateDiffPipeline.from_pretrained(args.base, motion_adapter=adapter, **options)
 
@@ -818,34 +832,40 @@ class ClipScorer:
         return {self.name: scores.clamp(min=self.floor).tolist()}
 
 
+HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model that PickScore and HPSv2 were trained from
+
+
+def beside(weights, mark, default):
+    """The folder of local weights, where it also holds the file `mark`; else `default`."""
+    folder = Path(weights or "") if Path(weights or "").is_dir() else Path(weights or "").parent
+    return str(folder) if weights and (folder / mark).is_file() else default
+
+
 def load_clip(name, weights, device, cache_dir):
     """PickScore and the CLIP score, whose weights are transformers' own."""
-    default, options = {
-        "pickscore": ("yuvalkirstain/PickScore_v1", {}),
-        "clip": ("openai/clip-vit-large-patch14", dict(scale=100, floor=0)),
+    default, processor, options = {
+        "pickscore": ("yuvalkirstain/PickScore_v1", CLIP_H, {}),
+        "clip": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", dict(scale=100, floor=0)),
     }[name]
-    source = weights or default
-    model = CLIPModel.from_pretrained(source, cache_dir=cache_dir)
+    model = CLIPModel.from_pretrained(weights or default, cache_dir=cache_dir)
+    source = beside(weights, "preprocessor_config.json", processor)
     return ClipScorer(name, model, source, device, cache_dir=cache_dir, **options)
-
-
-HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
-HPS_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model that both were trained from
 
 
 def load_hps(name, weights, device, cache_dir):
     """
     HPSv2 or v2.1 from their authors' files, which open_clip wrote, in transformers' CLIPModel.
 
-    `weights`: that file, or a folder with it; where the folder also holds the configuration and the tokenizer, they
-    are taken from there.
+    `weights`: that file, or a folder with it. Where the folder also holds the model's configuration, its tokenizer and
+    its preprocessing, they are taken from there.
     """
-    file, source = HPS_FILES[name], HPS_CLIP
+    file = HPS_FILES[name]
     if weights is None:
         path = huggingface_hub.hf_hub_download("xswu/HPSv2", file, cache_dir=cache_dir)
     else:
         path = Path(weights, file) if Path(weights).is_dir() else Path(weights)
-        source = str(path.parent) if (path.parent / "config.json").exists() else HPS_CLIP
+    source = beside(weights, "config.json", CLIP_H)
     model = CLIPModel(CLIPConfig.from_pretrained(source, cache_dir=cache_dir))
     model.load_state_dict(from_open_clip(load_tensors(path)))
     return ClipScorer(name, model, source, device, scale=100, letterbox=True, cache_dir=cache_dir)
@@ -958,12 +978,11 @@ class ImageRewardScorer:
     MEAN, STD, TOKENS, HEAD_WIDTH = 0.16717362830052426, 1.0333394966054072, 35, 64
 
     def __init__(self, name, weights, device, cache_dir):
-        tokenizer = "google-bert/bert-base-uncased"
         if weights is None:
             path = huggingface_hub.hf_hub_download("zai-org/ImageReward", "ImageReward.pt", cache_dir=cache_dir)
         else:
             path = Path(weights, "ImageReward.pt") if Path(weights).is_dir() else Path(weights)
-            tokenizer = str(path.parent) if (path.parent / "tokenizer_config.json").exists() else tokenizer
+        tokenizer = beside(weights, "tokenizer_config.json", "google-bert/bert-base-uncased")
         self.name, self.device = name, device
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, cache_dir=cache_dir)
         tensors = load_tensors(path)
@@ -1198,10 +1217,10 @@ class FrechetVideoDistance:
         except ImportError as error:
             raise UserError("--scorer fvd needs torchmetrics: pip install torchmetrics") from error
         self.device, self.batch_size = device, batch_size
-        network, real = FeatureNetwork(where, device), list(references.everything())
-        network.num_features = network(self.batch(real[:1])).shape[1]
+        network = FeatureNetwork(where, device)
+        network.num_features = network(self.batch([next(references.everything())])).shape[1]
         self.metric = FrechetInceptionDistance(network, reset_real_features=False).to(device)
-        self.update(real, real=True)
+        self.update(references.everything(), real=True)
 
     def batch(self, clips):
         return torch.stack(clips).transpose(1, 2).to(self.device) * 255
@@ -1291,7 +1310,8 @@ def shown(row):
     wins = ""
     if "win_rate" in row:
         wins = "{:.1%} [{:.1%}, {:.1%}]".format(row["win_rate"], *row["win_rate_interval"])
-    return [row["scorer"], row["model"], f"{row['mean']:.4f}", difference, wins]
+    direction = " (lower is better)" if row["scorer"] in LOWER_IS_BETTER else ""
+    return [row["scorer"] + direction, row["model"], f"{row['mean']:.4f}", difference, wins]
 
 
 HEADINGS = ["scorer", "model", "mean", "difference to the base [95 %]", "win rate [95 %]"]
@@ -1394,7 +1414,7 @@ nav a { display: inline-block; padding: 10px 12px; color: var(--faint); text-dec
 nav a.here { color: var(--ink); box-shadow: inset 0 -2px var(--accent); }
 .about { color: var(--faint); max-width: 75em; }
 table { border-collapse: collapse; background: var(--card); font-variant-numeric: tabular-nums; margin: 0 0 20px; }
-th, td { border: 1px solid var(--line); padding: 4px 12px; text-align: left; }
+th, td { border: 1px solid var(--line); padding: 4px 12px; text-align: left; white-space: nowrap; }
 td:nth-child(n+3) { text-align: right; }
 th { font-weight: 600; }
 tr.first td { border-top: 2px solid var(--faint); }
@@ -1402,7 +1422,7 @@ tr.first td { border-top: 2px solid var(--faint); }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; margin: 16px 0; }
 .controls label { color: var(--faint); }
 select, input, button {
-  font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: 5px 10px;
 }
 button { cursor: pointer; }
@@ -1630,8 +1650,9 @@ function showTurn() {
   const told = same ? {votes: 0} : summary();
   if (told.votes) {
     const [low, high] = told.interval.map(percent);
-    const count = `${told.votes} votes, ${told.ties} ties counted half; 95 % interval ${low} to ${high} (Wilson)`;
-    at("result").append(`${told.model} wins ${percent(told.win_rate)}`, element("small", count));
+    const count = `Votes: ${told.votes}, of them ties, counted half: ${told.ties}. Interval: 95 %, Wilson.`;
+    const rate = `${told.model} wins ${percent(told.win_rate)} (${low} to ${high})`;
+    at("result").append(rate, element("small", count));
   }
 }
 
@@ -1741,24 +1762,27 @@ def score_models(models, samples, args, device):
 
 def check_scorers(args, prompts, device):
     """Loads every scorer once, so that what is missing is told before hours of drawing, and not after."""
-    references = References(args) if args.reference_dir else None
+    names = [spec.name for spec in args.scorers]
     for spec in args.scorers:
         if spec.name == "fvd":
             FeatureNetwork(spec.where, device)
-        elif spec.name not in AGAINST_REFERENCE:
-            load_scorer(spec, "cpu", args.cache_dir)
-        else:
-            for prompt in prompts:
-                references.first(prompt)
-        if spec.name in AGAINST_REFERENCE[:3]:
+        elif spec.name in AGAINST_REFERENCE:
             load_metric(spec.name, "cpu")
+        else:
+            load_scorer(spec, "cpu", args.cache_dir)
+    if {"ssim", "psnr", "lpips"} & set(names):
+        references = References(args)
+        for prompt in prompts:
+            references.first(prompt)
 
 
 def results(models, samples, scores, distances, table, args):
     """What results.json holds: all that the table is made of."""
     settings = {name: value for name, value in vars(args).items() if name not in ("models", "scorers")}
+    libraries = (torch, diffusers, transformers)
     return {
         "settings": settings,
+        "versions": {library.__name__: library.__version__ for library in libraries},
         "models": [{"name": model.name, "path": model.path, "fingerprint": model.fingerprint} for model in models],
         "samples": [
             {
