@@ -1330,15 +1330,18 @@ def table_text(table):
 
 
 def data_uri(path, resolution):
-    """A picture or clip, no larger than `resolution` and as WebP, inside a URI."""
-    picture = read_picture(path)
+    """A picture as JPEG or a clip as WebP, no larger than `resolution`, inside a URI."""
+    picture, buffer = read_picture(path), io.BytesIO()
     frames = picture if isinstance(picture, list) else [picture]
     for frame in frames:
         frame.thumbnail((resolution, resolution), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    clip = dict(save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
-    frames[0].save(buffer, "webp", quality=85, **(clip if len(frames) > 1 else {}))
-    return "data:image/webp;base64," + b64encode(buffer.getvalue()).decode()
+    if isinstance(picture, list):
+        options = dict(save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+        frames[0].save(buffer, "webp", quality=80, **options)
+    else:
+        picture.save(buffer, "jpeg", quality=85)
+    kind = "webp" if isinstance(picture, list) else "jpeg"
+    return f"data:image/{kind};base64," + b64encode(buffer.getvalue()).decode()
 
 
 def page_samples(samples, models, scores, args):
