@@ -166,7 +166,6 @@ def parse_args(argv=None):
     group.add_argument(
         "--model",
         action="append",
-        default=[],
         metavar="[NAME=]PATH",
         help="A model to compare; may be given several times. What it may be is told at the top of this file.",
     )
@@ -196,7 +195,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--images_per_prompt", type=int, default=1, help="Pictures of each prompt, a model.")
-    group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap.")
+    group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap. Default: 0.")
     group.add_argument("--num_inference_steps", type=int, default=20, help="Sampler steps.")
     group.add_argument(
         "--guidance_scale", type=float, help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, clips 8.0."
@@ -214,7 +213,6 @@ def parse_args(argv=None):
     group.add_argument(
         "--scorer",
         action="append",
-        default=[],
         metavar="NAME[=WEIGHTS]",
         help="A score; may be given several times. Which there are is told at the top of this file.",
     )
@@ -256,12 +254,12 @@ def check_args(args):
             raise UserError(f"--{name} must be a multiple of 8, not {getattr(args, name)}")
     if args.frame_stride < 0:
         raise UserError(f"--frame_stride must not be negative, not {args.frame_stride}")
-    args.models = [named_model(text) for text in args.model]
+    args.models = [named_model(text) for text in args.model or []]
     names = [BASE, *(name for name, _ in args.models)]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are called {name}: tell them apart with --model NAME=PATH")
-    args.scorers = [scorer_spec(text) for text in args.scorer]
+    args.scorers = [scorer_spec(text) for text in args.scorer or []]
     names = [spec.name for spec in args.scorers]
     for spec in args.scorers:
         if names.count(spec.name) > 1:
