@@ -1,5 +1,5 @@
 """
-Keeps the functions that the training scripts share identical to the letter.
+Keeps the functions that the training scripts and the examples share identical to the letter.
 
 A function, class or constant under a line `# Copied from train_sspo_sd.NAME` is a copy of NAME in train_sspo_sd.py.
 Without arguments every copy is rewritten; with --check nothing is written, and the exit status is 1 if one drifted.
@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="only tell which files have copies that drifted")
     args = parser.parse_args(argv)
     drifted = []
-    for path in sorted(ROOT.glob("train_sspo_*.py")):
+    for path in sorted([*ROOT.glob("train_sspo_*.py"), *ROOT.glob("examples/*.py")]):
         source = path.read_text()
         if fixed(source) != source:
             drifted.append(path.name)

@@ -13,6 +13,7 @@ pipeline it judges. Two heads share one trunk: which of the captions, and clean 
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def to_tensor(pictures):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@functools.cache
 def load_scorer(path=WEIGHTS):
     scorer = Scorer()
     scorer.load_state_dict({name: value.float() for name, value in load_file(path).items()}, strict=False)
@@ -72,12 +74,21 @@ def judge(scorer, pictures):
     )
 
 
-def score(pictures, captions, scorer=None):
-    """Preference, identity and score of generated pictures, each with the standard error of its mean."""
+def scores(pictures, captions, scorer=None):
+    """
+    Preference, identity and score of each generated picture, a tensor of each; a scorer for examples/evaluate.py.
+
+        python evaluate.py --scorer emoji=emoji/scorer.py:scores ...
+    """
     emoji, clean = judge(scorer or load_scorer(), pictures)
     right = emoji[torch.arange(len(emoji)), [CAPTIONS.index(caption) for caption in captions]]
-    result = {"pictures": len(emoji)}
-    for name, values in (("preference", clean), ("identity", right), ("score", clean * right)):
+    return {"preference": clean, "identity": right, "score": clean * right}
+
+
+def score(pictures, captions, scorer=None):
+    """Preference, identity and score of generated pictures, each with the standard error of its mean."""
+    result = {"pictures": len(pictures)}
+    for name, values in scores(pictures, captions, scorer).items():
         result[name] = values.mean().item()
         result[f"{name}_error"] = values.std().item() / len(values) ** 0.5
     return result
