@@ -591,14 +591,22 @@ def magictime_table(source):
     if len(found) > 1:
         names = ", ".join(sorted(path.name for path, _ in found))
         raise UserError(f"{source} holds several lists of clips, {names}: give one of them as --train_data_dir")
-    (path, rows), clips = found[0], {clip.stem: str(clip) for clip in found[0][0].parent.rglob("*.mp4")}
+    (path, rows), clips = found[0], {}
+    for clip in sorted(path.parent.rglob("*.mp4")):
+        clips.setdefault(clip.stem, []).append(str(clip))
     missing = [row["videoid"] for row in rows if row["videoid"] not in clips]
     if missing:
         raise UserError(
             f"{path} lists {len(missing)} clips that are not in its folder, first {missing[0]}.mp4: add them, or take "
             "their lines out"
         )
-    columns = {"video": [clips[row["videoid"]] for row in rows], "text": [row["name"] for row in rows]}
+    for row in rows:
+        if len(clips[row["videoid"]]) > 1:
+            raise UserError(
+                f"{path} lists {row['videoid']}, of which its folder holds several, "
+                f"{', '.join(clips[row['videoid']])}: leave one of them"
+            )
+    columns = {"video": [clips[row["videoid"]][0] for row in rows], "text": [row["name"] for row in rows]}
     return datasets.Dataset.from_dict(columns)
 
 

@@ -498,6 +498,11 @@ def test_wrong_lists_of_clips_are_refused_before_the_models_load(train_video, tm
     tiny.folder_of_clips(folder, 3, metadata="magictime")
     (folder / "001.mp4").unlink()
     refused(train_video, r"captions.csv lists 1 clips that are not in its folder, first 001\.mp4", data=folder)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "000.mp4", folder / name / "001.mp4")
+    refused(train_video, r"lists 001, of which its folder holds several, .*a/001\.mp4, .*b/001\.mp4", data=folder)
+    shutil.rmtree(folder / "b")
     shutil.copy(folder / "captions.csv", folder / "more.csv")
     refused(train_video, r"several lists of clips, captions\.csv, more\.csv", data=folder)
     (folder / "empty.csv").write_text("videoid,name,is_transmit\n")
