@@ -44,13 +44,13 @@ def calls():
     ],
 )
 def test_no_call_is_needless(train, calls, options):
-    """The UNet is called as the formula says, the encoders once a micro-batch and for the empty prompt."""
+    """The UNet is called as the formula says, the encoders once for each winner or micro-batch, and the empty prompt."""
     train(max_train_steps=2, **options)
     args = script.parse_args(flags("unused", "unused", "unused", **options))
     micro_batches = 2 * args.gradient_accumulation_steps * [args.train_batch_size]
     assert calls["UNet2DConditionModel"] == 2 * benchmark.expected_calls(args)
     assert calls["CLIPTextModel"] == [1, *micro_batches]
-    assert calls["Encoder"] == micro_batches
+    assert calls["Encoder"] == sum(micro_batches) * [1], "one picture at a time"
     assert not calls["Decoder"]
 
 
@@ -63,7 +63,7 @@ def test_the_formula_is_that_of_the_docstring():
 
 def test_cached_winners_are_encoded_once(train, calls):
     train(max_train_steps=6, cache_latents=True)
-    assert calls["Encoder"] == 4 * [2], "eight winners"
+    assert calls["Encoder"] == 8 * [1], "eight winners"
     assert calls["CLIPTextModel"] == [1, *4 * [2]]
 
 
