@@ -44,7 +44,7 @@ def calls():
     ],
 )
 def test_no_call_is_needless(train, calls, options):
-    """The UNet is called as the formula says, the encoders once for each winner or micro-batch, and the empty prompt."""
+    """The UNet is called as the formula says, the VAE once a picture, the text encoder once a micro-batch."""
     train(max_train_steps=2, **options)
     args = script.parse_args(flags("unused", "unused", "unused", **options))
     micro_batches = 2 * args.gradient_accumulation_steps * [args.train_batch_size]
