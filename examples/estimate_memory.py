@@ -229,7 +229,7 @@ def make_examples(script, models, args):
 
 
 def load_batches(script, models, args, cached):
-    """Micro-batches without end, as make_loader gives them; of `cached` examples if there are any."""
+    """Micro-batches without end, as Loader gives them; of `cached` examples if there are any."""
     while True:
         yield [dict(example) for example in cached or make_examples(script, models, args)], (0, 0)
 

@@ -135,13 +135,13 @@ def test_the_next_rollout_is_loaded_ahead():
     args = script.parse_args([*flags("unused", "unused", "unused"), *words.split()])
     loaded = torch.zeros(64).share_memory_()
 
-    def load(row, _, epoch):
+    def load(row, _, place):
         loaded[row] = 1
-        return row
+        return {"row": row}
 
     rows = SimpleNamespace(streaming=False, rows=lambda epoch, offset: ((row, row) for row in range(offset, 64)))
-    loader = script.make_loader(rows, load, args, SimpleNamespace(process_index=0, num_processes=1), (0, 0))
-    assert [next(loader) for _ in range(8)] == [([row], (0, row + 1)) for row in range(8)]
+    loader = script.Loader(rows, load, args, SimpleNamespace(process_index=0, num_processes=1), (0, 0))
+    assert [next(loader) for _ in range(8)] == [([{"row": row}], (0, row + 1)) for row in range(8)]
     for _ in range(1000):
         if loaded[:16].all():
             break
