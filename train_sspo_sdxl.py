@@ -36,8 +36,8 @@ Cost of one update on one process, in forward calls of the UNet, for P = --train
 --gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps x --rollout_strength calls on
 2 x --rollout_batch_size latents (guidance doubles them), then, for each of the --gradient_accumulation_steps
 micro-batches, one call of the reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents,
-the latter with its backward.
-With --split_pairs each of these is two on half as many, and the policy's half once more in the backward.
+the latter with its backward. --split_pairs makes each of the two calls two on half as many latents, and one more of
+that size in the backward.
 
 Beside train_sspo_sd.py: two text encoders, whose second also gives a pooled embedding, and micro-conditioning, the
 original size, the crop and the target size of each picture, which the rival is sampled with too. The VAE runs in fp32,
@@ -178,7 +178,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            if action.default is None or action.default is False:  # 0 is a default that is shown
+                return action.help
+            return super()._get_help_string(action)
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
@@ -990,6 +992,7 @@ def load_models(args, dtype):
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {reason}") from error
     if args.prediction_type is not None:
         models.noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+    models.vae.enable_slicing()  # a batch of large pictures would need more memory than all else in a run
     for module in (*models.encoders, models.denoiser):
         module.requires_grad_(False)
     return models
@@ -1048,11 +1051,9 @@ def latent_statistics(vae):
 def encode_image(models, pixels):
     """Mean and standard deviation of the latents of `pixels` (b, 3, h, w), in training space, fp32."""
     vae = models.vae
-    # One picture at a time: a batch of large ones would need more memory than all else in a run.
-    posteriors = [vae.encode(picture.to(vae.device, vae.dtype)).latent_dist for picture in pixels.split(1)]
-    mean, std = (torch.cat([getattr(posterior, name).float() for posterior in posteriors]) for name in ("mean", "std"))
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     shift, scale = latent_statistics(vae)
-    return (mean - shift) * scale, std * scale
+    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
 
 @torch.no_grad()
@@ -1231,9 +1232,9 @@ def as_reference(models, args):
     """
     Gives the denoiser with the reference's weights, without gradients.
 
-    It is the policy's denoiser; its own weights come back behind. That must not happen between the policy's forward
-    and its backward, which needs them: the reference always goes first. Where the reference is LoRA's base, the
-    denoiser goes without the adapter, which would only cost time: the result is the same to the last bit.
+    It is the policy's denoiser, whose weights are exchanged for that time. This must not happen between the policy's
+    forward and its backward, which needs its own: the reference always goes first. Where the reference is LoRA's base,
+    the denoiser goes without the adapter, which would only cost time: the result is the same to the last bit.
     """
     denoiser = models.denoiser
     if args.train_mode == "lora" and not models.reference:
@@ -1685,11 +1686,10 @@ def cache_directory(args, winners, dtype):
 FREE_TO_CHANGE = set(
     "cache_dir dataloader_num_workers on_bad_example rollout_batch_size train_batch_size gradient_accumulation_steps "
     "max_train_steps num_train_epochs gradient_checkpointing split_pairs allow_tf32 "
-    "enable_xformers_memory_efficient_attention "
-    "output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts "
-    "validation_steps num_validation_images report_to tracker_project_name logging_dir push_to_hub hub_model_id "
-    "hub_token dataset_name train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path "
-    "motion_adapter_name_or_path".split()
+    "enable_xformers_memory_efficient_attention output_dir checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint validation_prompts validation_steps num_validation_images report_to tracker_project_name "
+    "logging_dir push_to_hub hub_model_id hub_token dataset_name train_data_dir pretrained_model_name_or_path "
+    "pretrained_vae_model_name_or_path motion_adapter_name_or_path".split()
 )
 
 
@@ -2331,7 +2331,7 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                 saved = step
             if pushing and accelerator.is_main_process:
                 steps = (step, *map(checkpoint_step, list_checkpoints(args.output_dir)))
-                bank.evict([step // args.replay_steps + 1 for step in steps])
+                bank.evict([made // args.replay_steps + 1 for made in steps])
 
 
 # Copied from train_sspo_sd.main

@@ -81,16 +81,17 @@ def expected_calls(args):
     The calls of the UNet in one update of one process, in order: the number of latents of each.
 
     This is the cost that the script's docstring tells: the sampler's steps on the guidance-doubled rollout batch, then
-    for each micro-batch the reference and the policy on winners and rivals at once.
+    for each micro-batch reference and policy on winners and rivals, and with --split_pairs the policy once more.
     """
     micro_batches, b = args.gradient_accumulation_steps, args.train_batch_size
     if args.loss_type == "sft":
         return micro_batches * [b * args.draws_per_pair]
     steps = args.rollout_steps if args.rollout_strength == 1 else int(args.rollout_steps * args.rollout_strength)
     guided, group, calls = 2 if args.rollout_guidance_scale > 1 else 1, args.rollout_batch_size // b, []
+    pair = 5 * [b * args.draws_per_pair] if args.split_pairs else 2 * [2 * b * args.draws_per_pair]
     for first in range(0, micro_batches, group):
         sampled = min(group, micro_batches - first)
-        calls += steps * [guided * sampled * b] + sampled * 2 * [2 * b * args.draws_per_pair]
+        calls += steps * [guided * sampled * b] + sampled * pair
     return calls
 
 

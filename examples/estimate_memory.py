@@ -200,6 +200,7 @@ def build_models(family, script, args, dtype):
         for weight in script.trained_in_full(parts["denoiser"]) if full else ():
             weight.data = weight.data.float()
     else:
+        parts["vae"].enable_slicing()
         parts["denoiser"] = build(UNet2DConditionModel, torch.float32 if full else dtype, **UNETS[family])
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     return script.Models(reference=None, noise_scheduler=schedule, **parts)

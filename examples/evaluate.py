@@ -149,7 +149,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            if action.default is None or action.default is False:  # 0 is a default that is shown
+                return action.help
+            return super()._get_help_string(action)
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)

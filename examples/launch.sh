@@ -42,8 +42,9 @@ else
     LAYOUT=(--num_machines 1 --mixed_precision no --dynamo_backend no)
 fi
 
-# Known of the paper: full fine-tuning, beta, N = --replay_steps, 7 iterations = 210 updates. Not published: the rate
-# and the warm-up, taken from the nearest public recipes (Diffusion-DPO and SPIN-Diffusion), and the rivals' sampler.
+# Known of the paper: full fine-tuning, beta, N = --replay_steps, 7 iterations = 210 updates. Not published: the rate,
+# here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; and
+# the rivals' sampler, here the scripts' own.
 exec accelerate launch "${LAYOUT[@]}" --num_processes "$PROCESSES" "$SCRIPT" \
     --pretrained_model_name_or_path "$MODEL" --train_data_dir "$DATA" --output_dir "$OUTPUT" \
     --train_mode full --beta_dpo 2000 --reference random --replay_steps 30 --max_train_steps 210 \

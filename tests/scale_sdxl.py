@@ -14,31 +14,18 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from estimate_memory import UNETS
 
 import train_sspo_sdxl as script
 
 
-UNET = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-
-
 def unet(dtype):
     torch.set_default_dtype(dtype)
-    model = UNet2DConditionModel(**UNET).requires_grad_(False)
+    model = UNet2DConditionModel(**UNETS["sdxl"]).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     return model
 

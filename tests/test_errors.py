@@ -63,7 +63,7 @@ def test_help_says_every_default(capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for flag in ("beta_dpo", "replay_steps", "rollout_guidance_scale", "learning_rate", "resolution", "rank"):
+    for flag in ("beta_dpo", "replay_steps", "rollout_guidance_scale", "learning_rate", "resolution", "rank", "seed"):
         assert "(default: " in text[text.rindex(f"--{flag} {flag.upper()}") :][:300]
 
 

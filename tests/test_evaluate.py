@@ -609,7 +609,8 @@ def test_the_table_is_made_of_what_results_hold(run, sd_v, tmp_path, capsys):
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-CHROMIUM_FLAGS += "--disable-component-update --disable-sync --virtual-time-budget=5000"
+CHROMIUM_FLAGS += "--disable-component-update --disable-sync --run-all-compositor-stages-before-draw "
+CHROMIUM_FLAGS += "--virtual-time-budget=60000"  # milliseconds, which pass at once where nothing happens
 
 
 @pytest.fixture(scope="module")

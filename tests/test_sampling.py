@@ -146,11 +146,3 @@ def test_reference_error_is_that_of_the_saved_weights(train, sd, monkeypatch):
             error = script.denoising_errors(models.denoiser, models, *draws).mean()
         assert abs(logged[f"gap/{half}"]) > 1e-4
         assert error.item() == pytest.approx(logged[f"mse/policy_{half}"] - logged[f"gap/{half}"], abs=1e-6)
-
-
-def test_split_pairs_cost_half_a_forward_of_the_policy(train, monkeypatch):
-    calls = []
-    predict = script.predict
-    monkeypatch.setattr(script, "predict", lambda *a: calls.append(len(a[1])) or predict(*a))
-    train(max_train_steps=1, split_pairs=True)
-    assert calls == 3 * [4] + 2 * 2 * [2] + [2]

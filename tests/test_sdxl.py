@@ -235,9 +235,9 @@ def test_micro_conditioning_tells_of_the_crop_that_was_made(train_xl, oblongs, m
     crops, told, batches = {}, [], []
     load, project, loss = script.Winners.load, UNet2DConditionModel.get_aug_embed, script.training_loss
 
-    def spy_load(self, row, example, epoch):
-        loaded = load(self, row, example, epoch)
-        crops[0 if cached else epoch, row] = loaded["pixels"].clone()
+    def spy_load(self, row, example, place):
+        loaded = load(self, row, example, place)
+        crops[0 if cached else place[0], row] = loaded["pixels"].clone()
         return loaded
 
     def spy_project(self, emb, encoder_hidden_states, added_cond_kwargs):

@@ -40,6 +40,7 @@ def calls():
         dict(gradient_accumulation_steps=2, rollout_batch_size=2, draws_per_pair=3),
         dict(rollout_scheduler="ddim", rollout_steps=5, rollout_strength=0.5, draws_per_pair=2),
         dict(rollout_guidance_scale=1.0, gradient_accumulation_steps=2),
+        dict(split_pairs=True, gradient_accumulation_steps=2, draws_per_pair=2),
         dict(loss_type="sft", gradient_accumulation_steps=2, draws_per_pair=2),
     ],
 )
