@@ -243,6 +243,13 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).",
     )
     group.add_argument(
+        "--ssr_scope",
+        choices=["example", "iteration"],
+        default="example",
+        help="What decides the switch: each example's own errors, as in the paper, or (iteration) for all examples "
+        "of an update alike the mean over the iteration's updates before it.",
+    )
+    group.add_argument(
         "--reference",
         choices=["random", "latest", "initial"],
         default="random",
@@ -1318,6 +1325,7 @@ def sspo_loss(
     ssr="sign",
     rival_weight=1.0,
     sft_weight=0.0,
+    x=None,
 ):
     """
     The SSPO loss, -log sigmoid(-beta/2 * [gap_w - s * gap_r]), averaged over examples and draws.
@@ -1334,6 +1342,7 @@ def sspo_loss(
         ssr: sign, indicator or none.
         rival_weight: factor on s * gap_r; 1 in the paper.
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
+        x: a number whose sign decides the switch of every example, in place of each one's own.
     Returns:
         the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
         implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
@@ -1342,9 +1351,12 @@ def sspo_loss(
     """
     gap_winner = policy_winner - reference_winner
     gap_rival = policy_rival - reference_rival
-    x = -gap_winner.detach()
-    if x.ndim == 2:
-        x = x.mean(dim=1, keepdim=True)
+    if x is None:
+        x = -gap_winner.detach()
+        if x.ndim == 2:
+            x = x.mean(dim=1, keepdim=True)
+    else:
+        x = torch.full_like(gap_winner.detach(), x)
     if ssr not in ("sign", "indicator", "none"):
         raise ValueError(f"ssr must be sign, indicator or none, not {ssr}")
     otherwise = {"sign": -1.0, "indicator": 0.0, "none": 1.0}[ssr]
@@ -1365,7 +1377,7 @@ def sspo_loss(
     return loss, metrics
 
 
-def training_loss(policy, models, batch, args, autocast):
+def training_loss(policy, models, batch, args, autocast, x=None):
     """
     The loss of one micro-batch, with its metrics.
 
@@ -1373,6 +1385,7 @@ def training_loss(policy, models, batch, args, autocast):
         policy: the denoiser as accelerate wrapped it.
         batch: see collate; `rival` holds the rivals' latents.
         autocast: makes the context in which every forward runs, the same for policy and reference.
+        x: see sspo_loss.
     """
     winner, keys, condition = batch["winner"], batch["keys"], batch["condition"]
     noise = keyed_noise("noise", args.seed, keys, (args.draws_per_pair, *winner.shape[1:])).to(winner.device)
@@ -1401,6 +1414,7 @@ def training_loss(policy, models, batch, args, autocast):
         args.ssr,
         args.rival_weight,
         args.sft_weight,
+        x,
     )
 
 
@@ -2049,10 +2063,12 @@ def micro_batches(batch, size):
         }
 
 
-def update(policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator):
+def update(policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator, x=None):
     """
     One update of the policy: self-sample, errors, switch, loss, step.
 
+    Args:
+        x: what decides the switch for all examples, if not each one's own errors (see sspo_loss).
     Returns:
         metrics, a dict of means over the global batch, and the data cursor behind it.
     Raises:
@@ -2077,7 +2093,7 @@ def update(policy, models, optimizer, schedule, loader, empty_prompt, args, acce
             rollout_time += time.perf_counter() - rollout_started
         for micro_batch in micro_batches(batch, args.train_batch_size):
             with accelerator.accumulate(policy):
-                loss, metrics = training_loss(policy, models, micro_batch, args, autocast)
+                loss, metrics = training_loss(policy, models, micro_batch, args, autocast, x)
                 accelerator.backward(loss)
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
@@ -2138,8 +2154,12 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                 loaded_reference = bank.draw(iteration)
                 load_reference(models, bank.load(loaded_reference), args)
 
+            # Only its sign counts: the sum tells what the mean would. 0 as an iteration starts: no evidence yet.
+            x = record["x"] if args.ssr_scope == "iteration" else None
             try:
-                metrics, cursor = update(policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator)
+                metrics, cursor = update(
+                    policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator, x
+                )
             except FloatingPointError as error:
                 good = list_checkpoints(args.output_dir)
                 raise UserError(
@@ -2149,6 +2169,8 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                 ) from error
             step += 1
             record.update(step=step, cursor=cursor)
+            if sspo:
+                record["x"] = 0.0 if step % args.replay_steps == 0 else record["x"] - metrics["gap/winner"]
 
             if sspo:
                 metrics["reference/index"] = loaded_reference
@@ -2186,7 +2208,7 @@ def main(args):
         args.max_train_steps = math.ceil(args.num_train_epochs * len(winners) / global_batch)
     settings = run_settings(args, accelerator, winners)
     checkpoint, record = find_checkpoint(args, settings)
-    record = {"step": 0, "cursor": (0, 0), **(record or {}), "settings": settings}
+    record = {"step": 0, "cursor": (0, 0), "x": 0.0, **(record or {}), "settings": settings}
     accelerator.wait_for_everyone()
 
     set_seed(args.seed)  # for the adapters' first weights; every other draw is keyed

@@ -105,6 +105,18 @@ def test_draws_share_one_decision():
     assert apart["dpo_fraction"] == 0.5
 
 
+@pytest.mark.parametrize("ssr", SWITCH)
+@pytest.mark.parametrize("x", [0.0, 1e-9, -1e-9])
+def test_one_x_decides_for_every_example(ssr, x):
+    """With x given (--ssr_scope iteration) the examples' own errors have no say in the switch."""
+    four = errors((8, 2), seed=3)
+    loss, metrics = sspo_loss(*four, beta=2000.0, ssr=ssr, x=x)
+    s = 1.0 if x >= 0 else SWITCH[ssr]
+    inside = -1000 * ((four[0] - four[2]) - s * (four[1] - four[3])).numpy()
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-inside)).mean(), rel=1e-9)
+    assert metrics["dpo_fraction"] == (s == 1)
+
+
 def test_metrics_are_means_of_the_errors():
     four = errors((5, 2), seed=2)
     metrics = sspo_loss(*four, 2000.0)[1]

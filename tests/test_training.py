@@ -207,6 +207,20 @@ def test_layout_of_the_batch_does_not_matter(train, options):
     assert_same_but_for_rounding(train("whole", train_batch_size=4, **LAYOUT), train("parts", **options, **LAYOUT))
 
 
+def test_switch_of_an_iteration_follows_its_updates_so_far(train):
+    """It forgets at each push, is one decision for the global batch on any layout, and goes on where it was."""
+    options = dict(ssr_scope="iteration", reference="latest", replay_steps=4, learning_rate=3e-2, adam_epsilon=1e-5)
+    run = train("whole", train_batch_size=4, checkpointing_steps=6, max_train_steps=12, **options)
+    switched = run.column("dpo_fraction")
+    gaps = run.column("gap/winner")
+    assert switched == [sum(gaps[update - update % 4 : update]) <= 0 for update in range(12)]
+    assert switched[6] == 0 and sum(switched) > 6, "the rate is so high that the policy is behind for once"
+    assert_same_result(run, resumed(train, run, 6, train_batch_size=4, **options))
+    parts = train("parts", train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=12, **options)
+    assert parts.column("dpo_fraction") == switched
+    assert parts.column("loss") == pytest.approx(run.column("loss"), abs=1e-3)
+
+
 # AdamW divides a gradient by its own size, so one that is but rounding moves its weight as far as any, and anywhere.
 # With an epsilon above the rounding weights can be compared.
 LAYOUT = dict(max_train_steps=6, center_crop=False, random_flip=True, proportion_empty_prompts=0.3, adam_epsilon=1e-5)
