@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart benchmark test test-faults style fix-copies clean
+.PHONY: help quickstart benchmark study test test-faults style fix-copies clean
 
 help:
 	@echo "make quickstart   align the embedded model with SSPO, print its scores, draw before and after"
 	@echo "make benchmark    time of an update over that of the model's bare calls, and how it grows (15 minutes)"
+	@echo "make study        the runs of examples/study/plan.md that are missing, then its tables and plots (hours)"
 	@echo "make test         style and tests"
 	@echo "make test-faults  the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make fix-copies   rewrite the functions that the scripts share from train_sspo_sd.py"
@@ -25,6 +26,9 @@ quickstart: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py
+
+study: $(VENV)/installed
+	$(BIN)/python examples/study/study.py run
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

@@ -1,0 +1,335 @@
+"""The study's tables and plots, from the files in results/ and pilots/ and nothing else."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
+
+HERE = Path(__file__).resolve().parent
+REGIMES, WINNERS = ("plenty", "few"), {"plenty": 560, "few": 28}
+MAIN = ("base", "sft", "sft matched", "sign", "indicator", "none", "none, rival 0.3")
+COLOURS = dict(zip(MAIN, ("#777777", "#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#2ca02c", "#9467bd")))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def file_name(row):
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row)
+
+
+def read_results(folder):
+    """{(regime, row): {seed: result}} of all files below `folder`."""
+    results = {}
+    for path in sorted(Path(folder).glob("*/*.json")):
+        result = json.loads(path.read_text())
+        results.setdefault((result["regime"], result["row"]), {})[result["seed"]] = result
+    return results
+
+
+def samples(result, name="score"):
+    """A result's numbers as (captions, pictures of a caption), those of all noise sets side by side."""
+    preference, identity = np.array(result["preference"]), np.array(result["identity"])
+    values = {"preference": preference, "identity": identity, "score": preference * identity}[name]
+    captions = len(result["captions"])
+    return values.reshape(len(result["noise"]), captions, -1).swapaxes(0, 1).reshape(captions, -1)
+
+
+def half_way(runs):
+    """The runs as they were judged half way, by the first noise set."""
+    return {
+        seed: run | run["half way"] | {"noise": run["noise"][:1]} for seed, run in runs.items() if "half way" in run
+    }
+
+
+def mean(runs, name="score"):
+    return float(np.mean([samples(run, name).mean() for run in runs.values()]))
+
+
+def spread(runs):
+    """The standard deviation of the score over training seeds, or None for a single one."""
+    return float(np.std([samples(run).mean() for run in runs.values()], ddof=1)) if len(runs) > 1 else None
+
+
+def crossed_bootstrap(values, resamples=10_000, seed=0):
+    """
+    The 95 % percentile interval of the mean of `values` (..., seeds, captions) over its last two axes.
+
+    Seeds and captions are drawn again, each as a whole: evaluate.py's bootstrap is over captions alone, since it
+    judges given models and not how they were trained.
+    """
+    generator = np.random.default_rng(seed)
+    seeds, captions = values.shape[-2:]
+    rows = generator.integers(seeds, size=(resamples, seeds, 1))
+    columns = generator.integers(captions, size=(resamples, 1, captions))
+    means = values[..., rows, columns].mean((-2, -1))
+    return np.quantile(means, [0.025, 0.975], axis=-1)
+
+
+def compare(runs, others):
+    """
+    `runs` against `others`, picture by picture, on the seeds that both have.
+
+    Returns:
+        dict of `difference` of the score and `win_rate` (ties count half), each (mean, low, high), and `seeds`; None
+        if they have no seed in common.
+    """
+    seeds = sorted(set(runs) & set(others))
+    if not seeds:
+        return None
+    gained = np.stack([samples(runs[seed]) - samples(others[seed]) for seed in seeds])
+    values = np.stack([gained.mean(-1), ((np.sign(gained) + 1) / 2).mean(-1)])
+    low, high = crossed_bootstrap(values)
+    named = {
+        name: (float(values[i].mean()), float(low[i]), float(high[i]))
+        for i, name in enumerate(("difference", "win_rate"))
+    }
+    return {**named, "seeds": len(seeds)}
+
+
+def curve(runs, name, part=slice(None)):
+    """The mean over runs and over a part of the run of a curve, or None where it is not told."""
+    told = [np.mean(run["curves"][name][part]) for run in runs.values() if name in run.get("curves", {})]
+    return float(np.mean(told)) if told else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value, digits=3):
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def interval(compared, name="difference"):
+    if compared is None:
+        return ""
+    middle, low, high = compared[name]
+    return (
+        f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]" if name == "difference" else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    )
+
+
+def scores_table(results, regime, rows):
+    """How good, against what, at what price."""
+    head = [
+        "row",
+        "seeds",
+        "half way",
+        "score ± sd",
+        "preference",
+        "identity",
+        "− SFT, equal updates",
+        "− SFT, equal time",
+    ]
+    head += ["win rate over SFT, equal time", "held-out error", "core seconds", "UNet, thousand latents"]
+    lines = []
+    for row in rows:
+        runs = results.get((regime, row))
+        if not runs:
+            continue
+        line = [row, str(len(runs)), "" if row == "base" else number(mean(half_way(runs)))]
+        line += [number(mean(runs)) + (f" ± {spread(runs):.3f}" if len(runs) > 1 else "")]
+        line += [number(mean(runs, "preference")), number(mean(runs, "identity"))]
+        others = [results.get((regime, name), {}) for name in ("sft", "sft matched")]
+        compared = [
+            None if row == name or row == "base" else compare(runs, other)
+            for name, other in zip(("sft", "sft matched"), others)
+        ]
+        line += [interval(compared[0]), interval(compared[1]), interval(compared[1], "win_rate")]
+        line.append(number(np.mean([run["error"] for run in runs.values()]), 4))
+        if row == "base":
+            line += ["", ""]
+        else:
+            line.append(number(np.median([run["seconds"] for run in runs.values()]), 0))
+            line.append(number(np.median([run["latents"] for run in runs.values()]) / 1000, 1))
+        lines.append(line)
+    return table(head, lines)
+
+
+def curves_table(results, regime, rows):
+    """What the runs told on their way."""
+    head = ["row", "seeds", "dpo_fraction", "implicit_accuracy, first half", "second half", "gap/winner, second half"]
+    head += ["gap/rival, second half", "rivals that are clean", "switch agrees with the scorer", "s = +1 would agree"]
+    lines = []
+    for row in rows:
+        runs = results.get((regime, row))
+        if not runs or curve(runs, "dpo_fraction") is None:
+            continue
+        late, clean = slice(10, None), curve(runs, "rivals/clean")
+        lines.append(
+            [row, str(len(runs)), number(curve(runs, "dpo_fraction"), 2)]
+            + [number(curve(runs, "implicit_accuracy", part), 2) for part in (slice(0, 10), late)]
+            + [number(curve(runs, name, late), 5) for name in ("gap/winner", "gap/rival")]
+            + [number(clean, 2), number(curve(runs, "switch/right"), 2), number(1 - clean, 2)]
+        )
+    return table(head, lines)
+
+
+def pilots_table(folder):
+    """Every trial of the tuning; the chosen ones are those of TUNED in study.py."""
+    trials = {}
+    for path in sorted(Path(folder).glob("*/*/*.json")):
+        result = json.loads(path.read_text())
+        settings = result["settings"]
+        trial = f"{settings['learning_rate']:g}"
+        if "rollout_guidance_scale" in settings:
+            trial += f", guidance {settings['rollout_guidance_scale']:g}"
+        trials.setdefault((result["regime"], result["row"]), {})[trial] = float(samples(result).mean())
+    lines = []
+    for (regime, row), scores in sorted(
+        trials.items(), key=lambda item: (item[0][0] != "plenty", MAIN.index(item[0][1]))
+    ):
+        best = max(scores.values())
+        shown = [
+            f"**{score:.3f}** ({trial})" if score == best else f"{score:.3f} ({trial})"
+            for trial, score in scores.items()
+        ]
+        lines.append([regime, row, *shown])
+    return table(["regime", "row", "", "", "", ""], lines)
+
+
+def tables(results, pilots, row_names):
+    """{marker: text} of all that README.md shows between markers."""
+    told = {"pilots": pilots_table(pilots)}
+    for regime in REGIMES:
+        others = [row for row in row_names if row not in MAIN]
+        told[f"main {regime}"] = scores_table(results, regime, MAIN)
+        told[f"others {regime}"] = scores_table(results, regime, others)
+        told[f"curves {regime}"] = curves_table(results, regime, row_names)
+    return told
+
+
+def fill_in(text, told):
+    """`text` with what is between `<!-- NAME -->` and `<!-- end -->` replaced."""
+    for name, content in told.items():
+        before, found, after = text.partition(f"<!-- {name} -->")
+        if not found:
+            raise ValueError(f"README.md has no place for {name}")
+        text = f"{before}{found}\n{content}\n<!-- end -->{after.partition('<!-- end -->')[2]}"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Plots
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def plot_scores(results, row_names):
+    """Score by row: a dot for each seed, a bar for their mean, the ceiling as a line."""
+    shown = [row for row in row_names if any((regime, row) in results for regime in REGIMES)]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(shown)), sharex=True, sharey=True)
+    for axis, regime in zip(axes, REGIMES):
+        for place, row in enumerate(reversed(shown)):
+            runs = results.get((regime, row), {})
+            values = [samples(run).mean() for run in runs.values()]
+            colour = COLOURS.get(row, "#444444")
+            axis.plot(values, [place] * len(values), "o", color=colour, markersize=5, alpha=0.7)
+            if values:
+                axis.plot([np.mean(values)] * 2, [place - 0.35, place + 0.35], color=colour, linewidth=2)
+        axis.axvline(0.966, color="#bbbbbb", linestyle=":")
+        axis.set_title(f"{regime}: {WINNERS[regime]} winners")
+        axis.set_yticks(range(len(shown)), list(reversed(shown)))
+        axis.set_xlabel("score on test captions")
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def plot_cost(results):
+    """Score against the processor's seconds, half way and at the end, with intervals over captions and seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, regime in zip(axes, REGIMES):
+        for row in MAIN[1:]:
+            runs = results.get((regime, row))
+            if not runs:
+                continue
+            seconds = np.median([run["seconds"] for run in runs.values()])
+            values = [np.stack([samples(run).mean(1) for run in of.values()]) for of in (half_way(runs), runs)]
+            middle = np.array([value.mean() for value in values])
+            low, high = np.transpose([crossed_bootstrap(value) for value in values])
+            error = np.stack([middle - low, high - middle]).clip(0)
+            axis.errorbar([seconds / 2, seconds], middle, error, fmt="o-", color=COLOURS[row], capsize=3, label=row)
+        if ("plenty", "base") in results:
+            axis.axhline(mean(results["plenty", "base"]), color=COLOURS["base"], linestyle=":", label="base")
+        axis.set_title(f"{regime}: {WINNERS[regime]} winners")
+        axis.set_xlabel("training, seconds of one core")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("score on test captions")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def plot_curves(results):
+    """What there is to watch while it trains: mean over seeds, with the range as a band."""
+    names = {"dpo_fraction": "share of s = +1", "implicit_accuracy": "implicit accuracy"}
+    names |= {
+        "gap/winner": "gap of the winner",
+        "gap/rival": "gap of the rival",
+        "rivals/clean": "rivals that are clean",
+    }
+    figure, axes = plt.subplots(len(REGIMES), len(names), figsize=(13, 5), sharey="col")
+    for line, regime in zip(axes, REGIMES):
+        for axis, (name, title) in zip(line, names.items()):
+            for row in ("sign", "indicator", "none", "none, rival 0.3"):
+                runs = results.get((regime, row))
+                if not runs:
+                    continue
+                steps = next(iter(runs.values()))["curves"]["step"]
+                values = np.array([run["curves"][name] for run in runs.values()])
+                axis.plot(steps, values.mean(0), color=COLOURS[row], label=row)
+                axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[row], alpha=0.12, linewidth=0)
+            axis.set_title(f"{regime}: {title}", fontsize=9)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("update")
+    figure.tight_layout()
+    return figure
+
+
+def picture_sheet(folder, left=130, top=22):
+    """Each main row's first pictures of seed 0, by the same noise: the strips that the runs left."""
+    strips = []
+    for regime in REGIMES:
+        for row in MAIN:
+            path = folder / regime / f"{file_name(row)}-0.png"
+            strips += [("base" if row == "base" else f"{regime}: {row}", path)] if path.exists() else []
+    pictures = [(name, Image.open(path).convert("RGB")) for name, path in strips]
+    width, height = pictures[0][1].size
+    canvas = Image.new("RGB", (left + width, len(pictures) * (height + 2)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    for place, (name, picture) in enumerate(pictures):
+        canvas.paste(picture, (left, place * (height + 2)))
+        pen.text((left - 6, place * (height + 2) + height / 2), name, "black", font, anchor="rm")
+    return canvas.quantize(128)
+
+
+def write(results_folder, pilots_folder, row_names):
+    results = read_results(results_folder)
+    readme = HERE / "README.md"
+    readme.write_text(fill_in(readme.read_text(), tables(results, pilots_folder, row_names)))
+    for name, figure in {
+        "scores": plot_scores(results, row_names),
+        "cost": plot_cost(results),
+        "curves": plot_curves(results),
+    }.items():
+        figure.savefig(HERE / f"{name}.png", dpi=80, metadata={"Software": None})
+        plt.close(figure)
+    picture_sheet(Path(results_folder)).save(HERE / "pictures.png", optimize=True)

@@ -1,0 +1,434 @@
+"""The study: does SSPO bring more than fine-tuning on the same winners, and by which of its parts?
+
+A run is one training by train_sspo_sd.py on the emoji base, then pictures of captions that it never saw, judged by
+examples/emoji/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so the
+study can be stopped and continued. What is run and concluded was written down in plan.md before the runs.
+
+    python examples/study/study.py run                  # what is missing, in the plan's order, then the report
+    python examples/study/study.py run --rows sft sign  # some rows
+    python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
+    python examples/study/study.py report               # tables and plots of README.md from results/
+"""
+
+# ruff: noqa: E402
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+# Before torch is imported: a run is one process on one core, and its models are too small for more.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE.parents[1], HERE.parent, HERE.parent / "emoji"):
+    sys.path.insert(0, str(folder))
+
+import datasets
+import numpy as np
+import report
+import torch
+from benchmark import expected_calls
+from diffusers import DDPMScheduler
+from diffusers.utils import logging as diffusers_logging
+from glyphs import HELD_OUT, TEST_SEEDS, WINNER_SEEDS, render, write_winners
+from PIL import Image
+from quickstart import load_aligned, load_pipeline
+from scorer import judge, load_scorer, scores, to_tensor
+from transformers.utils import logging as transformers_logging
+
+import train_sspo_sd as script
+
+
+BASE = HERE.parent / "emoji" / "base"
+RESULTS, PILOTS = HERE / "results", HERE / "pilots"
+
+# Of the captions that no winner has, a third chose the settings (plan.md); the others are only for the results.
+SELECTION = HELD_OUT[::3]
+TEST = [caption for caption in HELD_OUT if caption not in SELECTION]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The plan as data
+# ------------------------------------------------------------------------------------------------------------------
+
+# Guidance favours clean pictures by itself: at the quickstart's 3 there would be little left to prefer.
+SAMPLER = {"num_inference_steps": 10, "guidance_scale": 1.5}
+COMMON = {
+    "resolution": 64,
+    "rank": 16,
+    "lr_warmup_steps": 5,
+    "train_batch_size": 8,
+    "replay_steps": 10,
+    "rollout_steps": SAMPLER["num_inference_steps"],
+    "mixed_precision": "no",
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """`winners` of each of the 28 aligned captions, and how long is trained on them."""
+
+    winners: int
+    updates: int
+    matched_updates: int  # of SFT, in the time that SSPO takes for `updates`
+
+
+REGIMES = {"plenty": Regime(20, 40, 300), "few": Regime(1, 40, 300)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: the flags that it adds to COMMON. Rows of a lower tier run first."""
+
+    tier: int
+    flags: dict = field(default_factory=dict)
+    like: str | None = None  # the row whose tuned settings it takes
+    matched: bool = False  # whether it trains for as long as SSPO does, not for as many updates
+    switch: str | None = None  # what decides it in place of the errors: coin, oracle
+
+
+ROWS = {
+    "base": Row(1),
+    "sft": Row(1, {"loss_type": "sft"}),
+    "sft matched": Row(1, {"loss_type": "sft"}, matched=True),
+    "sign": Row(1, {"ssr": "sign"}),
+    "indicator": Row(1, {"ssr": "indicator"}),
+    "none": Row(1, {"ssr": "none"}),
+    "none, rival 0.3": Row(1, {"ssr": "none", "rival_weight": 0.3}),
+    # Controls
+    "winner only": Row(2, {"ssr": "none", "rival_weight": 0.0}, like="none"),
+    "sign by coin": Row(2, {"ssr": "sign"}, like="sign", switch="coin"),
+    "sign by oracle": Row(2, {"ssr": "sign"}, like="sign", switch="oracle"),
+    "indicator by oracle": Row(2, {"ssr": "indicator"}, like="indicator", switch="oracle"),
+    "sign, scope iteration": Row(2, {"ssr": "sign", "ssr_scope": "iteration"}, like="sign"),
+    "indicator, scope iteration": Row(2, {"ssr": "indicator", "ssr_scope": "iteration"}, like="indicator"),
+    # Ablations
+    **{
+        name: Row(3, {"ssr": "none", "rival_weight": 0.3, **change}, like="none, rival 0.3")
+        for name, change in {
+            "rivals at guidance 1.5": {"rollout_guidance_scale": 1.5},
+            "rivals at guidance 3": {"rollout_guidance_scale": 3.0},
+            "rivals at guidance 7.5": {"rollout_guidance_scale": 7.5},
+            "reference latest": {"reference": "latest"},
+            "reference initial": {"reference": "initial"},
+            "4 draws": {"draws_per_pair": 4},
+            "beta 100": {"beta_dpo": 100.0},
+            "beta 500": {"beta_dpo": 500.0},
+            "beta 5000": {"beta_dpo": 5000.0},
+            "rival weight 0.1": {"rival_weight": 0.1},
+            "sft_weight 100": {"sft_weight": 100.0},
+            "rollout_strength 0.7": {"rollout_strength": 0.7},
+        }.items()
+    },
+}
+SFT_GRID = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 6e-3, 12e-3)]
+SSPO_GRID = [
+    {"learning_rate": rate, "rollout_guidance_scale": guidance} for guidance in (1.0, 3.0) for rate in (1e-3, 3e-3)
+]
+# Without what had failed in plenty, which was tuned first: the highest rate, and guidance for the rivals.
+GRIDS = {"plenty": (SFT_GRID, SSPO_GRID), "few": (SFT_GRID[:3], SSPO_GRID[:2])}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and what it is judged by: captions, and for each noise set the first seed of its pictures."""
+
+    regime: str
+    row: str
+    seed: int
+    tuned: dict
+    folder: Path = RESULTS
+    captions: tuple = tuple(TEST)
+    noise: tuple = (10_000, 20_000)
+    per_caption: int = 6
+
+    @property
+    def result(self):
+        return self.folder / self.regime / f"{report.file_name(self.row)}-{self.seed}.json"
+
+    def settings(self):
+        """The flags of train_sspo_sd.py, but for those that name files."""
+        row, regime = ROWS[self.row], REGIMES[self.regime]
+        updates = regime.matched_updates if row.matched else regime.updates
+        length = {"max_train_steps": updates, "checkpointing_steps": updates // 2, "seed": self.seed}
+        return {**COMMON, **length, **self.tuned, **row.flags}
+
+
+# What the tuning chose: for each regime and method the best trial on the selection captions (README.md shows all).
+TUNED = {
+    "plenty": {
+        "sft": {"learning_rate": 0.006},
+        "sft matched": {"learning_rate": 0.003},
+        "sign": {"learning_rate": 0.003, "rollout_guidance_scale": 3.0},
+        "indicator": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        "none": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        "none, rival 0.3": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+    },
+    "few": {
+        "sft": {"learning_rate": 0.006},
+        "sft matched": {"learning_rate": 0.001},
+        "sign": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        "indicator": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        "none": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        "none, rival 0.3": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+    },
+}
+
+# Which tiers run, and with which seeds: a stop at any time leaves about as many seeds of one row as of another.
+ORDER = [(1, range(3)), (2, range(2)), (1, range(3, 5)), (3, range(1)), (2, range(2, 3)), (3, range(1, 3))]
+
+
+def main_jobs():
+    """All runs of the plan, in its order. The base is no training, and one run of it serves all."""
+    yield Job("plenty", "base", 0, {})
+    for tier, seeds in ORDER:
+        for seed in seeds:
+            for regime in REGIMES:
+                for name, row in ROWS.items():
+                    if row.tier == tier and name != "base":
+                        yield Job(regime, name, seed, TUNED[regime][row.like or name])
+
+
+def pilots():
+    """The tuning, on selection captions and on winners and seeds of its own."""
+    for regime, (sft_grid, sspo_grid) in GRIDS.items():
+        for row in ROWS:
+            if row != "base" and ROWS[row].tier == 1:
+                for trial in sft_grid if "sft" in row else sspo_grid:
+                    name = "_".join(f"{value:g}" for value in trial.values())
+                    yield Job(regime, row, 100, trial, PILOTS / name, tuple(SELECTION), (30_000,), 16)
+
+
+def command_line(settings, winners, output):
+    """`settings` as train_sspo_sd.py's words."""
+    files = {"pretrained_model_name_or_path": BASE, "train_data_dir": winners, "output_dir": output}
+    words = [text for flag, value in {**files, **settings}.items() for text in (f"--{flag}", str(value))]
+    return [*words, "--cache_latents"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def patch(job):
+    """
+    Patches the script, in the process of this run: the scorer judges every rival, and the switch of a row with
+    `switch` is decided by that or by a coin, which no flag of the script can do.
+
+    Returns:
+        notes, filled as the run goes: for each update the share of rivals that are clean (rivals/clean) and of
+        switches that agree with the scorer (switch/right), and `seconds`, which the judging took.
+    """
+    notes = {"rivals/clean": [], "switch/right": [], "seconds": 0.0}
+    sample_rivals, sspo_loss = script.sample_rivals, script.sspo_loss
+    coin = torch.Generator().manual_seed(job.seed)
+    clean = None
+
+    def judged_rivals(models, *arguments):
+        nonlocal clean
+        latents = sample_rivals(models, *arguments)
+        started = time.process_time()
+        pictures = [script.decode_latents(models, one) for one in latents.split(1)]
+        clean = judge(load_scorer(), pictures)[1] > 0.5
+        notes["rivals/clean"].append(clean.float().mean().item())
+        notes["seconds"] += time.process_time() - started
+        return latents
+
+    def switched_loss(policy_winner, policy_rival, reference_winner, reference_rival, beta, ssr, weight, *others):
+        x = (reference_winner - policy_winner).detach().mean(1)
+        notes["switch/right"].append(((x < 0) == clean).float().mean().item())
+        errors = policy_winner, policy_rival, reference_winner, reference_rival
+        switch = ROWS[job.row].switch
+        if switch is None:
+            return sspo_loss(*errors, beta, ssr, weight, *others)
+        is_winner = clean if switch == "oracle" else torch.rand(len(x), generator=coin) < 0.5
+        s = torch.where(is_winner, {"sign": -1.0, "indicator": 0.0}[ssr], 1.0)
+        loss, metrics = sspo_loss(*errors, beta, "none", weight * s[:, None], *others)
+        return loss, metrics | {"dpo_fraction": (s == 1).float().mean()}
+
+    script.sample_rivals, script.sspo_loss = judged_rivals, switched_loss
+    return notes
+
+
+def train(job, folder):
+    """
+    Trains into folder/run.
+
+    Returns:
+        dict of the processor's `seconds` in the loop of updates, without the judging of rivals; of `latents`, how many
+        the UNet was called on; and of `curves`.
+    """
+    write_winners(folder / "winners", REGIMES[job.regime].winners, first_seed=WINNER_SEEDS + 1000 * job.seed)
+    args = script.parse_args(command_line(job.settings(), folder / "winners", folder / "run"))
+    args.cache_dir = str(folder / "datasets")
+    notes, loop = patch(job), script.train
+
+    def timed(*arguments):
+        started = time.process_time()  # the machine may have other work
+        stopped = loop(*arguments)
+        notes["seconds"] = time.process_time() - started - notes["seconds"]
+        return stopped
+
+    script.train = timed
+    script.main(args)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("rivals/clean", "switch/right"):
+        for line, value in zip(lines, notes[name]):
+            line[name] = value
+    latents = sum(expected_calls(args)) * args.max_train_steps
+    return {"seconds": round(notes["seconds"], 1), "latents": latents, "curves": thinned(lines)}
+
+
+def draw(pipeline, captions, per_caption, first_seed):
+    """`per_caption` pictures of every caption, one caption after the other; noise belongs to the place."""
+    texts = [caption for caption in captions for _ in range(per_caption)]
+    noise = [torch.Generator().manual_seed(first_seed + place) for place in range(len(texts))]
+    pictures = []
+    for start in range(0, len(texts), 32):
+        piece = slice(start, start + 32)
+        pictures += pipeline(texts[piece], generator=noise[piece], **SAMPLER).images
+    return pictures, texts
+
+
+def strip(pictures):
+    """The pictures side by side, in few colours: the file is committed."""
+    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1)).quantize(96)
+
+
+@torch.no_grad()
+def heldout_error(pipeline, captions, per_caption=8):
+    """The denoising error on clean pictures of `captions`: rises where the training overfits its winners."""
+    texts = [caption for caption in captions for _ in range(per_caption)]
+    pictures = [render(text, TEST_SEEDS + 500_000 + place) for place, text in enumerate(texts)]
+    latents = pipeline.vae.encode(to_tensor(pictures)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.linspace(0, 999, len(texts)).long()[torch.randperm(len(texts), generator=generator)]
+    embeds, _ = pipeline.encode_prompt(texts, "cpu", 1, False)
+    noisy = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(latents, noise, timesteps)
+    return (pipeline.unet(noisy, timesteps, embeds).sample - noise).square().mean().item()
+
+
+CURVES = ("dpo_fraction", "implicit_accuracy", "mse", "gap", "rivals", "switch")
+
+
+def thinned(lines, points=20):
+    """The curves of metrics.jsonl as means over `points` stretches of the run."""
+    names = [name for name in lines[0] if name.split("/")[0] in CURVES]
+    pieces = [piece for piece in np.array_split(np.arange(len(lines)), points) if len(piece)]
+    curves = {"step": [lines[piece[-1]]["step"] for piece in pieces]}
+    for name in names:
+        curves[name] = [round(float(np.mean([lines[i][name] for i in piece])), 6) for piece in pieces]
+    return curves
+
+
+def judge_pictures(pipeline, job, first_seed, result):
+    """Draws one noise set; adds what the scorer says to the lists of `result`. Returns the pictures."""
+    pictures, texts = draw(pipeline, job.captions, job.per_caption, first_seed)
+    verdict = scores(pictures, texts, load_scorer())
+    for name in ("preference", "identity"):
+        result.setdefault(name, []).extend(round(value, 3) for value in verdict[name].tolist())
+    return pictures
+
+
+def run(job):
+    """Trains, draws and judges; writes the result."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    datasets.disable_progress_bars()
+    result = {"regime": job.regime, "row": job.row, "seed": job.seed}
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if job.row == "base":
+            pipeline = load_pipeline(BASE, "cpu")
+        else:
+            result["settings"] = job.settings()
+            result |= train(job, folder)
+            half_way = folder / "run" / f"checkpoint-{result['settings']['checkpointing_steps']}"
+            judge_pictures(load_aligned(BASE, half_way, "cpu"), job, job.noise[0], result.setdefault("half way", {}))
+            pipeline = load_aligned(BASE, folder / "run", "cpu")
+    job.result.parent.mkdir(parents=True, exist_ok=True)
+    result["error"] = round(heldout_error(pipeline, job.captions), 5)
+    result |= {"captions": job.captions, "per_caption": job.per_caption, "noise": job.noise}
+    for first_seed in job.noise:
+        pictures = judge_pictures(pipeline, job, first_seed, result)
+        if ROWS[job.row].tier == 1 and job.seed == 0 and first_seed == job.noise[0]:
+            strip(pictures[:: job.per_caption]).save(job.result.with_suffix(".png"), optimize=True)
+    result["wall"] = round(time.time() - started, 1)
+    partial = job.result.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n")
+    os.replace(partial, job.result)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# All runs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def in_child(job, log):
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(sys.stderr.fileno(), descriptor)
+    run(job)
+
+
+def run_all(jobs, workers, logs):
+    """
+    Runs the jobs whose result is missing, `workers` at a time, each in a process of its own.
+
+    They are forked from this one, which has imported everything (half a minute) but never trained: accelerate's state
+    and the patches of a run are its own.
+
+    Returns:
+        how many failed.
+    """
+    context, running, failed = multiprocessing.get_context("fork"), {}, 0
+    waiting = [job for job in jobs if not job.result.exists()]
+    logs.mkdir(parents=True, exist_ok=True)
+    while waiting or running:
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            log = logs / ("-".join(job.result.with_suffix(".log").parts[-3:]))
+            process = context.Process(target=in_child, args=(job, log))
+            process.start()
+            running[process.sentinel] = process, job, log, time.time()
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process, job, log, started = running.pop(sentinel)
+            process.join()
+            failed += process.exitcode != 0
+            what = "done" if process.exitcode == 0 else f"FAILED, see {log}"
+            print(f"{time.time() - started:5.0f} s  {job.regime} {job.row} {job.seed}: {what}", flush=True)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "pilot", "report"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
+    parser.add_argument("--logs", type=Path, default=HERE / "logs", help="where the runs print")
+    args = parser.parse_args()
+    jobs = {"run": main_jobs, "pilot": pilots, "report": list}[args.command]()
+    jobs = [job for job in jobs if job.row in args.rows and job.regime in args.regimes]
+    failed = run_all(jobs, args.workers, args.logs)
+    if args.command != "pilot":
+        report.write(RESULTS, PILOTS, list(ROWS))
+    if failed:
+        sys.exit(f"{failed} runs failed: see {args.logs}")
+
+
+if __name__ == "__main__":
+    main()

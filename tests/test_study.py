@@ -1,0 +1,146 @@
+"""The study runs what its plan says, once, and its page says what its results say."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+
+STUDY = ROOT / "examples" / "study"
+sys.path.insert(0, str(STUDY))
+
+import report  # noqa: E402
+import study  # noqa: E402
+
+
+RESULTS = report.read_results(study.RESULTS)
+
+
+def test_every_run_of_the_plan_has_flags_that_the_script_takes():
+    jobs = [job for job in study.main_jobs() if job.row != "base"]
+    assert len({job.result for job in jobs}) == len(jobs), "no two write the same file"
+    for job in jobs:
+        args = study.script.parse_args(study.command_line(job.settings(), "winners", "out"))
+        assert args.rollout_batch_size == args.train_batch_size, "the patches judge one batch of rivals an update"
+    flags = {job.row: job.settings() for job in jobs if job.regime == "few"}
+    assert flags["winner only"]["rival_weight"] == 0
+    assert (
+        flags["sft"]["max_train_steps"] == flags["sign"]["max_train_steps"] < flags["sft matched"]["max_train_steps"]
+    )
+
+
+def test_the_tuning_saw_nothing_of_what_the_results_are_about():
+    tuning, runs = list(study.pilots()), list(study.main_jobs())
+    for name in ("captions", "noise"):
+        assert not {x for job in tuning for x in getattr(job, name)} & {x for job in runs for x in getattr(job, name)}
+    assert not {job.seed for job in tuning} & {job.seed for job in runs}
+    trials = [(job.regime, job.row) for job in tuning]
+    for regime, row in trials:
+        assert trials.count((regime, row)) <= trials.count((regime, "sft")), "no method is tuned more than SFT"
+
+
+def test_the_best_trial_was_taken():
+    best = {}
+    for path in study.PILOTS.glob("*/*/*.json"):
+        trial = json.loads(path.read_text())
+        key = trial["regime"], trial["row"]
+        best[key] = max(best.get(key, (0, {})), (report.samples(trial).mean(), trial["settings"]), key=lambda x: x[0])
+    for (regime, row), (_, settings) in best.items():
+        assert {name: settings[name] for name in study.TUNED[regime][row]} == study.TUNED[regime][row]
+
+
+def test_the_plan_tells_the_settings():
+    plan = (STUDY / "plan.md").read_text()
+    for captions in (study.SELECTION, study.TEST):
+        assert ", ".join(captions) in plan.replace("\n", " ")
+    for regime, settings in study.REGIMES.items():
+        assert f"| {regime} | {28 * settings.winners} | {settings.updates} | {settings.matched_updates} |" in plan
+    for row in study.TUNED["plenty"]:
+        cells = [", guidance ".join(f"{v:g}" for v in study.TUNED[regime][row].values()) for regime in study.REGIMES]
+        assert f"| {row} | {cells[0]} | {cells[1]} |" in plan
+
+
+def test_every_result_is_of_a_run_of_the_plan():
+    jobs = {(job.regime, job.row, job.seed): job for job in study.main_jobs()}
+    for (regime, row), runs in RESULTS.items():
+        for seed, result in runs.items():
+            job = jobs[regime, row, seed]
+            assert job.result.exists()
+            assert row == "base" or result["settings"] == job.settings()
+            assert result["captions"] == study.TEST and result["noise"] == list(job.noise)
+            assert report.samples(result).shape == (len(study.TEST), 2 * job.per_caption)
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capfd):
+    jobs = [study.Job("few", row, seed, {}, tmp_path) for row in ("sft", "sign") for seed in (0, 1)]
+    jobs[0].result.parent.mkdir()
+    jobs[0].result.write_text("kept")
+
+    def run(job):
+        if job.row == "sign" and job.seed == 1:
+            raise RuntimeError("this one is broken")
+        job.result.write_text(f"{job.row} {job.seed}")
+
+    monkeypatch.setattr(study, "run", run)
+    assert study.run_all(jobs, 2, tmp_path / "logs") == 1, "one failed"
+    assert [job.result.read_text() for job in jobs[:3]] == ["kept", "sft 1", "sign 0"]
+    assert not jobs[3].result.exists()
+    (log,) = (tmp_path / "logs").glob("*few-sign-1.log")
+    assert "this one is broken" in log.read_text()
+    assert "FAILED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("ssr, otherwise", [("sign", -1.0), ("indicator", 0.0)])
+def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
+    """Rivals: a clean picture and a degraded one. s is what the oracle row says, whatever the errors are."""
+    good = study.render("banana", 4_000_000)
+    bad = sys.modules["glyphs"].degrade(good, "banana", 1, "grey")
+    monkeypatch.setattr(study.script, "sample_rivals", lambda models, *_: torch.tensor([0, 1]))
+    monkeypatch.setattr(study.script, "decode_latents", lambda models, latents: (good, bad)[latents.item()])
+    loss_of = study.script.sspo_loss
+    monkeypatch.setattr(study.script, "sspo_loss", loss_of)
+    notes = study.patch(study.Job("few", f"{ssr} by oracle", 0, {}))
+    study.script.sample_rivals(None, None)
+    errors = [torch.tensor([[a], [b]]) for a, b in ((0.3, 0.3), (0.1, 0.2), (0.2, 0.5), (0.2, 0.1))]
+    loss, metrics = study.script.sspo_loss(*errors, 10.0, ssr, 0.5, 0.0, None)
+    gap_winner, gap_rival = torch.tensor([0.1, -0.2]), torch.tensor([-0.1, 0.1])
+    s = torch.tensor([otherwise, 1.0])  # clean: it is a winner
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(5 * (gap_winner - 0.5 * s * gap_rival)).mean())
+    assert metrics["dpo_fraction"] == 0.5 and notes["rivals/clean"] == [0.5]
+    assert notes["switch/right"] == [1.0], "x would have said the same here"
+
+
+def result(preference, seed=0):
+    """A result of three captions, two noise sets and two pictures of each."""
+    preference = np.asarray(preference, float).ravel().tolist()
+    return {"captions": ["a", "b", "c"], "noise": [1, 2], "preference": preference, "identity": [0.5] * 12}
+
+
+def test_comparison_pairs_pictures_seeds_and_captions():
+    values = np.arange(24.0).reshape(2, 2, 3, 2)  # seed, noise set, caption, picture
+    others = np.full((3, 2, 3, 2), 5.0)
+    compared = report.compare(
+        {0: result(values[0]), 1: result(values[1])}, {seed: result(others[seed]) for seed in range(3)}
+    )
+    assert compared["seeds"] == 2
+    assert compared["difference"][0] == pytest.approx((np.arange(24).mean() - 5) / 2)
+    assert compared["win_rate"][0] == pytest.approx((18 + 0.5) / 24)
+    assert report.compare({7: result(values[0])}, {8: result(values[0])}) is None
+    of_caption = report.samples(result(values[0]), "preference")
+    assert of_caption[1].tolist() == values[0, :, 1].ravel().tolist(), "a row is a caption"
+
+
+def test_interval_has_the_variance_of_seeds_and_of_captions():
+    generator = np.random.default_rng(0)
+    seeds, captions = generator.normal(size=(40, 1)), 2 * generator.normal(size=(1, 50))
+    low, high = report.crossed_bootstrap(seeds + captions, resamples=4000)
+    error = np.sqrt(seeds.var() / 40 + captions.var() / 50)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.06)
+
+
+def test_the_page_says_what_the_results_say():
+    page = (STUDY / "README.md").read_text()
+    assert page == report.fill_in(page, report.tables(RESULTS, study.PILOTS, list(study.ROWS)))
