@@ -271,7 +271,7 @@ def plot_cost(results):
         axis.set_xlabel("training, seconds of one core")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score on test captions")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     return figure
 
@@ -297,10 +297,10 @@ def plot_curves(results):
                 axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[row], alpha=0.12, linewidth=0)
             axis.set_title(f"{regime}: {title}", fontsize=9)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("update")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
 
