@@ -125,33 +125,29 @@ def interval(compared, name="difference"):
     )
 
 
-def scores_table(results, regime, rows):
-    """How good, against what, at what price."""
-    head = [
-        "row",
-        "seeds",
-        "half way",
-        "score ± sd",
-        "preference",
-        "identity",
-        "− SFT, equal updates",
-        "− SFT, equal time",
-    ]
-    head += ["win rate over SFT, equal time", "held-out error", "core seconds", "UNet, thousand latents"]
+def scores_table(results, regime, parents):
+    """
+    How good, against what, at what price.
+
+    Args:
+        parents: {row: the row that it changes, or None}. Where there is one, the row is compared with that too.
+    """
+    changed = any(parents.values())
+    head = ["row", "seeds", "half way", "score ± sd", "preference", "identity", "− SFT, equal updates"]
+    head += ["− SFT, equal time", "− the row it changes" if changed else "win rate over SFT, equal time"]
+    head += ["held-out error", "core seconds", "UNet, thousand latents"]
     lines = []
-    for row in rows:
+    for row, parent in parents.items():
         runs = results.get((regime, row))
         if not runs:
             continue
+        against = {name: compare(runs, results.get((regime, name), {})) for name in ("sft", "sft matched", parent)}
+        against[row] = None
         line = [row, str(len(runs)), "" if row == "base" else number(mean(half_way(runs)))]
         line += [number(mean(runs)) + (f" ± {spread(runs):.3f}" if len(runs) > 1 else "")]
         line += [number(mean(runs, "preference")), number(mean(runs, "identity"))]
-        others = [results.get((regime, name), {}) for name in ("sft", "sft matched")]
-        compared = [
-            None if row == name or row == "base" else compare(runs, other)
-            for name, other in zip(("sft", "sft matched"), others)
-        ]
-        line += [interval(compared[0]), interval(compared[1]), interval(compared[1], "win_rate")]
+        line += [interval(against["sft"]), interval(against["sft matched"])]
+        line += [interval(against[parent]) if changed else interval(against["sft matched"], "win_rate")]
         line.append(number(np.mean([run["error"] for run in runs.values()]), 4))
         if row == "base":
             line += ["", ""]
@@ -204,14 +200,14 @@ def pilots_table(folder):
     return table(["regime", "row", "", "", "", ""], lines)
 
 
-def tables(results, pilots, row_names):
-    """{marker: text} of all that README.md shows between markers."""
+def tables(results, pilots, parents):
+    """{marker: text} of all that README.md shows between markers. `parents` has all rows, see scores_table."""
     told = {"pilots": pilots_table(pilots)}
     for regime in REGIMES:
-        others = [row for row in row_names if row not in MAIN]
-        told[f"main {regime}"] = scores_table(results, regime, MAIN)
+        told[f"main {regime}"] = scores_table(results, regime, dict.fromkeys(MAIN))
+        others = {row: parent for row, parent in parents.items() if row not in MAIN}
         told[f"others {regime}"] = scores_table(results, regime, others)
-        told[f"curves {regime}"] = curves_table(results, regime, row_names)
+        told[f"curves {regime}"] = curves_table(results, regime, parents)
     return told
 
 
@@ -230,9 +226,9 @@ def fill_in(text, told):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def plot_scores(results, row_names):
+def plot_scores(results, rows):
     """Score by row: a dot for each seed, a bar for their mean, the ceiling as a line."""
-    shown = [row for row in row_names if any((regime, row) in results for regime in REGIMES)]
+    shown = [row for row in rows if any((regime, row) in results for regime in REGIMES)]
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28 * len(shown)), sharex=True, sharey=True)
     for axis, regime in zip(axes, REGIMES):
         for place, row in enumerate(reversed(shown)):
@@ -321,12 +317,12 @@ def picture_sheet(folder, left=130, top=22):
     return canvas.quantize(128)
 
 
-def write(results_folder, pilots_folder, row_names):
+def write(results_folder, pilots_folder, parents):
     results = read_results(results_folder)
     readme = HERE / "README.md"
-    readme.write_text(fill_in(readme.read_text(), tables(results, pilots_folder, row_names)))
+    readme.write_text(fill_in(readme.read_text(), tables(results, pilots_folder, parents)))
     for name, figure in {
-        "scores": plot_scores(results, row_names),
+        "scores": plot_scores(results, parents),
         "cost": plot_cost(results),
         "curves": plot_curves(results),
     }.items():

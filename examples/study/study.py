@@ -425,7 +425,7 @@ def main():
     jobs = [job for job in jobs if job.row in args.rows and job.regime in args.regimes]
     failed = run_all(jobs, args.workers, args.logs)
     if args.command != "pilot":
-        report.write(RESULTS, PILOTS, list(ROWS))
+        report.write(RESULTS, PILOTS, {name: row.like for name, row in ROWS.items()})
     if failed:
         sys.exit(f"{failed} runs failed: see {args.logs}")
 
