@@ -142,6 +142,8 @@ def scores_table(results, regime, parents):
         if not runs:
             continue
         against = {name: compare(runs, results.get((regime, name), {})) for name in ("sft", "sft matched", parent)}
+        if row == "base":  # one run of it, where the others have one of each seed
+            against = dict.fromkeys(against)
         against[row] = None
         line = [row, str(len(runs)), "" if row == "base" else number(mean(half_way(runs)))]
         line += [number(mean(runs)) + (f" ± {spread(runs):.3f}" if len(runs) > 1 else "")]
@@ -267,8 +269,8 @@ def plot_cost(results):
         axis.set_xlabel("training, seconds of one core")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score on test captions")
-    axes[1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=7, fontsize=8)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 
