@@ -145,7 +145,7 @@ def writing(what):
                 raise  # out of memory, say
             reason = f"is the disk full? {reason}"  # torch.save does not tell what the system said
         raise UserError(
-            f"{what} cannot be written ({reason}); the checkpoints before are whole: when there is room, go on with "
+            f"{what} cannot be written ({reason}); the checkpoints before are whole: mend that, and go on with "
             "--resume_from_checkpoint latest"
         ) from error
 
@@ -1197,6 +1197,7 @@ class ReplayBank:
         check_whole(self.path(index))
         return load_file(self.path(index))
 
+    @writing("the replay bank")
     def evict(self, iterations):
         """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
         needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
@@ -1593,7 +1594,7 @@ def fingerprint(modules):
     """Tells the weights of one model from another's, by some hundred numbers of each tensor: cheap at any size."""
     digest = hashlib.sha256()
     for weight in itertools.chain(*(module.parameters() for module in modules)):
-        digest.update(weight.flatten()[:: max(weight.numel() // 64, 1)].float().numpy().tobytes())
+        digest.update(weight.detach().flatten()[:: max(weight.numel() // 64, 1)].float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

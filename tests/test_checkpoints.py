@@ -262,6 +262,26 @@ def test_full_disk_is_one_line_and_costs_nothing(train, tmp_path, monkeypatch, w
     assert not list(again.path.glob("*.partial"))
 
 
+def test_a_folder_that_vanishes_costs_nothing(train, tmp_path, monkeypatch):
+    """A mount is lost in the middle of a run: one line, no new folder in its place, and `latest` goes on."""
+    write, calls = script.MetricsFile.write, []
+
+    def vanish(self, metrics):
+        calls.append(1)
+        if len(calls) == 4:
+            (tmp_path / "run").rename(tmp_path / "away")
+        write(self, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.MetricsFile, "write", vanish)
+        with pytest.raises(script.UserError, match=r"^metrics.jsonl cannot be written \(No such file.*latest$"):
+            train("run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "away").rename(tmp_path / "run")
+    again = train("run", resume_from_checkpoint="latest", **OPTIONS)
+    assert_same_result(train("whole", **OPTIONS), again)
+
+
 def test_out_of_memory_is_not_called_a_full_disk():
     """Both are RuntimeErrors of torch."""
     with pytest.raises(RuntimeError, match="allocate memory"), script.writing("a checkpoint"):
