@@ -282,8 +282,8 @@ def test_a_folder_that_vanishes_costs_nothing(train, tmp_path, monkeypatch):
     assert_same_result(train("whole", **OPTIONS), again)
 
 
-def test_out_of_memory_is_not_called_a_full_disk():
-    """Both are RuntimeErrors of torch."""
+def test_out_of_memory_stays_what_it_is():
+    """A full disk is a RuntimeError of torch, too."""
     with pytest.raises(RuntimeError, match="allocate memory"), script.writing("a checkpoint"):
         torch.empty(10**15)
 
