@@ -46,6 +46,7 @@ from scorer import load_scorer, score  # noqa: E402
 
 BASE, ADAPTER = ROOT / "emoji" / "base", ROOT / "emoji_video" / "adapter"
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1)
+SHOWN = 8  # clips in the animation
 SAMPLER = dict(num_inference_steps=12, guidance_scale=5.0, num_frames=FRAMES, height=64, width=64)
 
 
@@ -134,13 +135,12 @@ def measure(clips, jobs, scorer):
 def summary(measured):
     """Means with their standard errors; last the difference of base and aligned, clip by clip from the same seed."""
     pairs = {name: values - measured["aligned"][name] for name, values in measured["base"].items()}
-    return {
-        row: {
-            name: {"mean": float(v.mean()), "error": float(v.std(ddof=1) / len(v) ** 0.5)}
-            for name, v in values.items()
-        }
-        for row, values in (measured | {"base - aligned": pairs}).items()
-    }
+    measured = measured | {"base - aligned": pairs}
+    return {row: {name: mean_and_error(some) for name, some in values.items()} for row, values in measured.items()}
+
+
+def mean_and_error(values):
+    return {"mean": float(values.mean()), "error": float(values.std(ddof=1) / len(values) ** 0.5)}
 
 
 def table(results):
@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart_video"))
     parser.add_argument("--winners_per_caption", type=int, default=2)
     parser.add_argument("--captions", choices=["held out", "aligned"], default="held out", help="emoji of the clips")
-    parser.add_argument("--per_caption", type=int, default=1, help="measured clips of each emoji and motion")
+    parser.add_argument("--clips", type=int, default=48, help="measured clips of a model, emoji and motions in turn")
     parser.add_argument("--sample_seed", type=int, default=1_000, help="first seed of the measured clips")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     args, extra = parser.parse_known_args()
@@ -189,23 +189,21 @@ def main():
     train(training_command(args, extra))
     stage("trained")
 
-    scorer, names = load_scorer(), HELD_OUT if args.captions == "held out" else ALIGNED
-    jobs = [(name, motion) for _ in range(args.per_caption) for motion in MOTIONS for name in names]
+    names, motions = HELD_OUT if args.captions == "held out" else ALIGNED, list(MOTIONS)
+    jobs = [(names[i % len(names)], motions[(i + i // len(names)) % len(motions)]) for i in range(args.clips)]
+    aligned = args.output_dir / "aligned"
     rows = {
-        model: sample(load_pipeline(device, aligned), jobs, args.sample_seed)
-        for model, aligned in (("base", None), ("aligned", args.output_dir / "aligned"))
+        "base": sample(load_pipeline(device), jobs, args.sample_seed),
+        "aligned": sample(load_pipeline(device, aligned), jobs, args.sample_seed),
     }
     steady = [render(*job, TEST_SEEDS) for job in jobs]
-    real = {"steady": steady, "flickering": [flicker(clip, *job, TEST_SEEDS) for clip, job in zip(steady, jobs)]}
-    clips = rows | {f"real, {kind}": clips for kind, clips in real.items()}
+    flickering = [flicker(clip, *job, TEST_SEEDS) for clip, job in zip(steady, jobs)]
+    clips, scorer = rows | {"real, steady": steady, "real, flickering": flickering}, load_scorer()
     results = summary({row: measure(some, jobs, scorer) for row, some in clips.items()})
     stage("sampled and measured")
 
-    shown = [row * len(names) + 2 * row + column for row in range(len(MOTIONS)) for column in range(2)]
     animation(
-        {model: [clips[i] for i in shown] for model, clips in rows.items()},
-        [jobs[i] for i in shown],
-        args.output_dir / "before_after.gif",
+        {model: some[:SHOWN] for model, some in rows.items()}, jobs[:SHOWN], args.output_dir / "before_after.gif"
     )
     (args.output_dir / "scores.json").write_text(json.dumps(results, indent=1))
     print(f"\n{len(jobs)} clips of {args.captions} emoji a model, same seeds, ± standard error\n\n{table(results)}\n")

@@ -118,9 +118,11 @@ def main():
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             noisy = noising.add_noise(latents[rows], noise, timesteps)
             predicted = model(noisy, timesteps, condition).sample
-        snr = compute_snr(noising, timesteps)  # weights min(snr, 5) / snr: motion is decided where there is most noise
         errors = F.mse_loss(predicted.float(), noise, reduction="none").flatten(1).mean(1)
-        loss = (errors * snr.clamp(max=5) / snr).mean()
+        # The noise's error over the SNR is the clip's error. Motion is decided where noise hides the clip: there plain
+        # errors of the noise are too small to teach which motion the caption tells of.
+        snr = compute_snr(noising, timesteps)
+        loss = (errors * (snr + 1).clamp(max=5) / snr).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
