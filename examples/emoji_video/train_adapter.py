@@ -6,10 +6,11 @@ The image model stays frozen; noise levels are AnimateDiff's linear ones. Half o
 no caption says so: base and adapter together make both kinds. The weights are averaged over the last steps and saved
 in fp16. Killed and started again, the training goes on where it last saved.
 
-The base's tokenizer cuts words like "moving" into pieces that no emoji's name has. Nobody trained their embeddings:
-they are so faint that the image model feels no difference between "left" and "right", and the motion modules, which
-know the caption through it alone, would learn none. So these pieces first get embeddings of length 1, drawn at random
-and written into the base's text encoder. What the base draws from names alone stays as it is, to the bit.
+The base's tokenizer cuts words like "moving" into pieces that no emoji's name has. Nobody trained their embeddings,
+which are so faint that the image model feels no difference between "left" and "right"; and the motion modules know the
+caption through it alone. So these pieces first get embeddings of length 100 (the names': 0.55), drawn at random and
+written into the base's text encoder: that drowns the name in what such a word says, so that the word says the same
+behind every name. What the base draws from names alone stays as it is, to the bit.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def build_adapter(unet):
 
 
 def draw_new_words(base, captions):
-    """Gives the tokens of `captions` that no emoji's name has embeddings of length 1, twice the names'."""
+    """Gives the tokens of `captions` that no emoji's name has long embeddings, so that the image model feels them."""
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     tokens = {token for text in captions for token in tokenizer(text).input_ids}
     new = sorted(tokens - {token for name in CAPTIONS for token in tokenizer(name).input_ids})
@@ -54,7 +55,7 @@ def draw_new_words(base, captions):
     weights = load_file(file)
     embedding = next(weight for name, weight in weights.items() if name.endswith("token_embedding.weight"))
     drawn = torch.randn(len(new), embedding.shape[1], generator=torch.Generator().manual_seed(1))
-    embedding[new] = F.normalize(drawn).to(embedding.dtype)
+    embedding[new] = (100 * F.normalize(drawn)).to(embedding.dtype)
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -109,10 +110,10 @@ def main():
     for step in range(first, args.steps):
         draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 50, (args.steps - step) / (0.4 * args.steps))
+            group["lr"] = args.learning_rate * min(1, (step + 1) / 50, (args.steps - step) / (0.25 * args.steps))
         rows = torch.randint(len(latents), (args.batch_size,), generator=draw)
         dropped = torch.rand(args.batch_size, generator=draw) < 0.1
-        timesteps = torch.randint(1000, (args.batch_size,), generator=draw)
+        timesteps = torch.randint(1000, (2, args.batch_size), generator=draw).amax(0)  # more often the noisy ones
         noise = torch.randn(latents[rows].shape, generator=draw)
         condition = embeds[labels[rows].masked_fill(dropped, len(embeds) - 1)].repeat_interleave(FRAMES, dim=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
