@@ -3,8 +3,8 @@
 1. Writes the winners: steady clips of 28 emoji that move left or right, turn or grow, as MP4 files.
 2. Runs train_sspo_video.py on them, by the command that it prints.
 3. Makes clips of the 12 emoji that were held out of alignment with base and aligned adapter, from the same seeds,
-   measures how much they flicker, lets a classifier that knows neither tell whether the emoji is right, and saves a
-   before/after animation.
+   measures how much they flicker and how they move, lets a classifier that knows neither tell whether the emoji is
+   right, and saves a before/after animation.
 
     python examples/quickstart_video.py                          # SSPO
     python examples/quickstart_video.py --rollout_strength 1.0   # any flag of train_sspo_video.py may follow and wins
@@ -47,7 +47,7 @@ from scorer import load_scorer, score  # noqa: E402
 BASE, ADAPTER = ROOT / "emoji" / "base", ROOT / "emoji_video" / "adapter"
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1)
 SHOWN = 8  # clips in the animation
-SAMPLER = dict(num_inference_steps=12, guidance_scale=5.0, num_frames=FRAMES, height=64, width=64)
+SAMPLER = dict(num_inference_steps=12, guidance_scale=3.0, num_frames=FRAMES, height=64, width=64)
 
 
 def training_command(args, extra):
@@ -60,17 +60,18 @@ def training_command(args, extra):
         "num_frames": FRAMES,
         "frame_stride": 1,
         "seed": args.seed,
-        "train_mode": "lora",
-        "rank": 16,
+        "train_mode": "full",
         "learning_rate": 1e-3,
         "lr_warmup_steps": 5,
         "train_batch_size": 4,
-        "max_train_steps": 30,
+        "max_train_steps": 40,
+        "ssr": "none",
+        "rival_weight": 0.3,
         "draws_per_pair": 2,
         "replay_steps": 10,
         "rollout_steps": 10,
         "rollout_strength": 0.7,
-        "rollout_guidance_scale": 5.0,
+        "rollout_guidance_scale": 3.0,
     }
     return launch_command("train_sspo_video.py", settings, extra, threads=1)  # two are slower on a model this small
 
@@ -108,9 +109,25 @@ def flicker_of(clip):
     return np.square(np.diff(tones, axis=1)).mean()
 
 
+def glyph_of(frame):
+    """Where a frame is unlike its ground, (64, 64) bool."""
+    return np.abs(frame.astype(int) - np.median(frame, axis=(0, 1))).max(axis=2) > 40
+
+
+def motion_of(clip):
+    """The motion that a clip shows, by where its glyph is and how large in the first and in the last frame."""
+    first, last = glyph_of(clip[0]), glyph_of(clip[-1])
+    if not first.any() or not last.any():
+        return None
+    moved = np.nonzero(last)[1].mean() - np.nonzero(first)[1].mean()
+    if abs(moved) > 13:  # turning moves the middle of a glyph too, by up to 12
+        return "moving left" if moved < 0 else "moving right"
+    return "growing" if last.sum() > 1.6 * first.sum() else "turning"
+
+
 def framed(frame):
-    """The glyph of a frame as large as the classifier is used to, on white: what is unlike the ground, with a rim."""
-    away = np.abs(frame.astype(int) - np.median(frame, axis=(0, 1))).max(axis=2) > 40
+    """The glyph of a frame as large as the classifier is used to, on white, with a rim."""
+    away = glyph_of(frame)
     if not away.any():
         return Image.fromarray(frame)
     rows, columns = np.nonzero(away.any(axis=1))[0], np.nonzero(away.any(axis=0))[0]
@@ -123,13 +140,20 @@ def framed(frame):
 
 
 def measure(clips, jobs, scorer):
-    """Each clip's flicker, and its identity if it does not turn: the scorer knows upright glyphs only."""
+    """
+    Each clip's flicker, whether it moves as its caption says, and its identity if that does not turn it: the scorer
+    knows upright glyphs only.
+    """
     identities = [
         score([framed(frame) for frame in clip], [name] * len(clip), scorer)["identity"]
         for clip, (name, motion) in zip(clips, jobs)
         if motion != "turning"
     ]
-    return {"flicker": np.array([flicker_of(clip) for clip in clips]), "identity": np.array(identities)}
+    return {
+        "flicker": np.array([flicker_of(clip) for clip in clips]),
+        "as told": np.array([float(motion_of(clip) == motion) for clip, (_, motion) in zip(clips, jobs)]),
+        "identity": np.array(identities),
+    }
 
 
 def summary(measured):
@@ -144,21 +168,24 @@ def mean_and_error(values):
 
 
 def table(results):
-    lines = [f"{'clips':<18} {'flicker':>18} {'identity':>16}"]
+    lines = [f"{'clips':<18} {'flicker':>18} {'moves as told':>16} {'identity':>16}"]
     for row, result in results.items():
-        flickers, identities = result["flicker"], result["identity"]
-        told = f"{flickers['mean']:.4f} ± {flickers['error']:.4f}"
-        lines.append(f"{row:<18} {told:>18} {identities['mean']:>8.3f} ± {identities['error']:.3f}")
+        numbers = [
+            f"{result[name]['mean']:.{digits}f} ± {result[name]['error']:.{digits}f}"
+            for name, digits in (("flicker", 4), ("as told", 3), ("identity", 3))
+        ]
+        lines.append(f"{row:<18} {numbers[0]:>18} {numbers[1]:>16} {numbers[2]:>16}")
     return "\n".join(lines)
 
 
 def animation(rows, jobs, path):
     """Rows of clips under their captions, as a GIF that plays as fast as the clips, and its frames side by side."""
-    captions = [name for name, _ in jobs]
+    names = [name for name, _ in jobs]
     frames = [
-        before_after({row: [Image.fromarray(clip[i]) for clip in clips] for row, clips in rows.items()}, captions)
+        before_after({row: [Image.fromarray(clip[i]) for clip in clips] for row, clips in rows.items()}, names, zoom=2)
         for i in range(FRAMES)
     ]
+    frames = [frame.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
     lines = [np.concatenate(list(clip), axis=1) for i in range(len(jobs)) for clip in (c[i] for c in rows.values())]
     Image.fromarray(np.concatenate(lines)).save(path.with_suffix(".png"))

@@ -112,6 +112,7 @@ def test_clips_move_as_told_and_flicker_where_they_should(motion):
     assert way is None or way * (last - first) > 10
     assert after / before > 1.3 if motion == "growing" else 0.85 < after / before < 1.2
     flickering = clips.flicker(steady, "frog", motion, 7)
+    assert quickstart_video.motion_of(steady) == motion
     assert quickstart_video.flicker_of(steady) < 0.005
     assert quickstart_video.flicker_of(flickering) > 0.05
     outlines = [np.quantile(frame, 0.02) for frame in flickering]
@@ -151,6 +152,7 @@ def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
     assert scores["base - aligned"]["flicker"]["mean"] == pytest.approx(difference, abs=1e-9)
     assert scores["real, flickering"]["flicker"]["mean"] > 10 * scores["real, steady"]["flicker"]["mean"]
     assert f"{scores['aligned']['identity']['mean']:.3f}" in result.stdout
+    assert scores["real, steady"]["as told"]["mean"] == 1
     assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 2
     with Image.open(output / "before_after.gif") as animation:
         assert animation.n_frames == clips.FRAMES

@@ -9,8 +9,8 @@ in fp16. Killed and started again, the training goes on where it last saved.
 The base's tokenizer cuts words like "moving" into pieces that no emoji's name has. Nobody trained their embeddings,
 which are so faint that the image model feels no difference between "left" and "right"; and the motion modules know the
 caption through it alone. So these pieces first get embeddings of length 100 (the names': 0.55), drawn at random and
-written into the base's text encoder: that drowns the name in what such a word says, so that the word says the same
-behind every name. What the base draws from names alone stays as it is, to the bit.
+written into the base's text encoder: that drowns the name in what such a word says, so that the word says much the
+same behind every name. What the base draws from names alone stays as it is, to the bit.
 """
 
 import argparse
