@@ -45,10 +45,11 @@ whose motion modules are trained (LoRA on their attention, or every weight of th
 are means over all of that, and one timestep is drawn for a clip. The noise schedule is the linear one that motion
 adapters are trained with, whatever the image model's says. Winners are read by PyAV, in the loader's processes.
 
---rollout_strength matters more than for pictures. Real clips are told almost at once from rivals sampled from pure
-noise; implicit_accuracy then stays near 1, the loss sinks on differences that say little about quality, and samples
-stop improving (arXiv 2506.03517, appendix C.4). Rivals that start from the winner itself, noised to a strength of 0.7,
-share its layout, so that what is compared is how it moves.
+--rollout_strength is more than a saving where winners are real clips. They may be told almost at once from rivals
+sampled from pure noise; implicit_accuracy is then near 1 from the start, the loss sinks on differences that say little
+about quality, and samples stop improving (arXiv 2506.03517, appendix C.4). Rivals that start from the winner itself,
+noised to a strength of 0.7, share its layout, so that what is compared is how it moves. Watch that metric to know: in
+the small example of examples/emoji_video it was no higher with 1.0 than with 0.7.
 
     accelerate launch train_sspo_video.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \

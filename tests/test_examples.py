@@ -141,8 +141,8 @@ def test_words_of_motions_share_no_token_with_names():
 def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
     """As `make quickstart-video` runs it, with two updates and few clips."""
     output = tmp_path / "run"
-    command = [sys.executable, ROOT / "examples" / "quickstart_video.py", "--output_dir", output, "--clips", 8]
-    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--report_to", "none"]
+    command = [sys.executable, ROOT / "examples" / "quickstart_video.py", "--output_dir", output, "--clips", 4]
+    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--rollout_steps", 3, "--report_to", "none"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "train_sspo_video.py" in result.stdout, "the command is shown"
@@ -156,4 +156,4 @@ def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
     assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 2
     with Image.open(output / "before_after.gif") as animation:
         assert animation.n_frames == clips.FRAMES
-    assert Image.open(output / "before_after.png").size == (clips.FRAMES * 64, 2 * 8 * 64)
+    assert Image.open(output / "before_after.png").size == (clips.FRAMES * 64, 2 * 4 * 64)
