@@ -140,10 +140,12 @@ def writing(what):
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        if isinstance(error, RuntimeError):  # torch.save's, which does not tell what the system said
-            reason = f"is the disk full? {reason}"
+        if isinstance(error, RuntimeError):
+            if not re.search("inline_container|iostream|Parent directory", reason):
+                raise  # out of memory, say
+            reason = f"is the disk full? {reason}"  # torch.save does not tell what the system said
         raise UserError(
-            f"{what} cannot be written ({reason}); the checkpoints before are whole: when there is room, go on with "
+            f"{what} cannot be written ({reason}); the checkpoints before are whole: mend that, and go on with "
             "--resume_from_checkpoint latest"
         ) from error
 
@@ -1037,11 +1039,10 @@ def load_denoiser(denoiser, args, directory):
         denoiser.load_state_dict(unet.state_dict())
 
 
-@writing("the result")
-def save_result(models, args):
+def save_result(models, args, directory):
     """Writes what the stock pipeline loads: LoRA weights, or the whole pipeline around the trained UNet."""
     if args.train_mode == "lora":
-        save_denoiser(models.denoiser, args, args.output_dir)
+        save_denoiser(models.denoiser, args, directory)
     else:
         # Everything but the UNet is read again: it may have been cast to half precision for this run.
         pipeline = PIPELINE.from_pretrained(
@@ -1054,7 +1055,7 @@ def save_result(models, args):
         )
         if args.prediction_type is not None:
             pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
-        pipeline.save_pretrained(args.output_dir)
+        pipeline.save_pretrained(directory)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1196,6 +1197,7 @@ class ReplayBank:
         check_whole(self.path(index))
         return load_file(self.path(index))
 
+    @writing("the replay bank")
     def evict(self, iterations):
         """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
         needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
@@ -1588,6 +1590,14 @@ def run_settings(args, accelerator, winners):
     return settings
 
 
+def fingerprint(modules):
+    """Tells the weights of one model from another's, by some hundred numbers of each tensor: cheap at any size."""
+    digest = hashlib.sha256()
+    for weight in itertools.chain(*(module.parameters() for module in modules)):
+        digest.update(weight.detach().flatten()[:: max(weight.numel() // 64, 1)].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def replay_directory(args):
     """Where the bank is: beside the checkpoints, which may be deleted while it is needed."""
     return Path(args.output_dir, "replay")
@@ -1674,6 +1684,12 @@ def find_checkpoint(args, settings):
             raise UserError(
                 f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a complete checkpoint: {error}"
             ) from error
+    check_settings(checkpoint, record, settings, args)
+    return checkpoint, record
+
+
+def check_settings(checkpoint, record, settings, args):
+    """Raises UserError if this checkpoint was made with others of these settings."""
     for name, value in settings.items():
         if name not in record["settings"]:  # of a version that did not have it
             logger.warning(f"{checkpoint} does not tell {name}: it is taken to have been {value}.")
@@ -1683,7 +1699,6 @@ def find_checkpoint(args, settings):
                 f"{checkpoint} was made with {flag} {record['settings'][name]}, not {value}: go on with that, or "
                 "start anew in another --output_dir"
             )
-    return checkpoint, record
 
 
 def register_checkpoint_hooks(accelerator, models, args):
@@ -1794,7 +1809,7 @@ class MetricsFile:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Validation and model card
+# Validation and result
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -1881,7 +1896,7 @@ def usage(args):
 
 
 @writing("the model card")
-def write_model_card(args, step):
+def write_model_card(args, step, directory):
     """README.md: what this model is, the command that made it, and its last samples."""
     lora = args.train_mode == "lora"
     local = Path(args.pretrained_model_name_or_path).exists()  # the hub takes names of repositories only
@@ -1918,7 +1933,28 @@ def write_model_card(args, step):
 {shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]])}
 ```
 """
-    ModelCard(text).save(Path(args.output_dir, "README.md"))
+    ModelCard(text).save(Path(directory, "README.md"))
+
+
+@writing("the result")
+def write_result(models, args, step):
+    """
+    Puts the result and its model card into output_dir, in place of those that are there.
+
+    They are written beside their place and then moved, last of all what a loader knows the result by (RESULTS): so
+    neither half of it nor a mixture of two ever passes for one.
+    """
+    partial = Path(args.output_dir, "result.partial")
+    save_result(models, args, partial)
+    write_model_card(args, step, partial)
+    for name in RESULTS:
+        Path(args.output_dir, name).unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in RESULTS):
+        place = Path(args.output_dir, path.name)
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(path, place)
+    partial.rmdir()
 
 
 def hide_token(argv):
@@ -2119,36 +2155,36 @@ def check_finite(metrics, accelerator):
     raise FloatingPointError(", ".join(f"{name} {metrics[name]:.4g}" for name in told if name in metrics))
 
 
+def not_finite(step, error, args):
+    """What check_finite's error says when it stops the run."""
+    good = list_checkpoints(args.output_dir)
+    return UserError(
+        f"update {step} is not finite ({error}); the last good checkpoint is {good[-1] if good else 'none'}, to go on "
+        "from if a fault of the machine was the cause; if not, start anew in another --output_dir with a lower "
+        "--learning_rate or --beta_dpo"
+    )
+
+
 def train(policy, models, optimizer, schedule, loader, bank, validation, empty_prompt, record, args, accelerator):
     """The loop over updates, from record["step"] on. Returns the number of the signal that stopped it, or 0."""
     step, loaded_reference, sspo = record["step"], None, args.loss_type == "sspo"
-    saved, validated = step, 0
+    saved = step
     if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("checkpoint-*.partial"):  # of a run that was killed
-            shutil.rmtree(leftover)
+        for leftover in Path(args.output_dir).glob("*.partial"):  # of a run that was killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
         metrics_file = MetricsFile(Path(args.output_dir, "metrics.jsonl"), step)
         if sspo and step == 0:
             bank.push(0, policy_weights(models, args))
     accelerator.wait_for_everyone()
+    if validation is not None and step > 0 and validation.due(step):
+        validation.write(step)  # again: the run may have been killed while it made these samples
 
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
     )
     with StopSignal(accelerator) as stop, progress:
-        while True:
-            signalled = stop.agreed()
-            if signalled:
-                if saved != step:
-                    save_checkpoint(accelerator, args, record)
-                return signalled
-            # Samples of the step that a run goes on from are made again: it may have been killed while it made them.
-            if validation is not None and validated != step and validation.due(step):
-                validation.write(step)
-                validated = step
-                continue  # a signal may have come in the meantime
-            if step >= args.max_train_steps:
-                return 0
-
+        while step < args.max_train_steps and not stop.agreed():
             iteration = step // args.replay_steps + 1
             if sspo and bank.draw(iteration) != loaded_reference:
                 loaded_reference = bank.draw(iteration)
@@ -2161,18 +2197,11 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
                     policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator, x
                 )
             except FloatingPointError as error:
-                good = list_checkpoints(args.output_dir)
-                raise UserError(
-                    f"update {step + 1} is not finite ({error}); the last good checkpoint is "
-                    f"{good[-1] if good else 'none'}, to go on from if a fault of the machine was the cause; if not, "
-                    "start anew in another --output_dir with a lower --learning_rate or --beta_dpo"
-                ) from error
+                raise not_finite(step + 1, error, args) from error
             step += 1
             record.update(step=step, cursor=cursor)
             if sspo:
                 record["x"] = 0.0 if step % args.replay_steps == 0 else record["x"] - metrics["gap/winner"]
-
-            if sspo:
                 metrics["reference/index"] = loaded_reference
             if args.on_bad_example == "skip":
                 metrics["data/skipped"] = loader.name_skipped()
@@ -2195,6 +2224,12 @@ def train(policy, models, optimizer, schedule, loader, bank, validation, empty_p
             if pushing and accelerator.is_main_process:
                 steps = (step, *map(checkpoint_step, list_checkpoints(args.output_dir)))
                 bank.evict([made // args.replay_steps + 1 for made in steps])
+            if validation is not None and validation.due(step) and not stop.agreed():
+                validation.write(step)
+        signalled = stop.agreed()
+        if signalled and saved != step:
+            save_checkpoint(accelerator, args, record)
+        return signalled
 
 
 def main(args):
@@ -2208,12 +2243,15 @@ def main(args):
         args.max_train_steps = math.ceil(args.num_train_epochs * len(winners) / global_batch)
     settings = run_settings(args, accelerator, winners)
     checkpoint, record = find_checkpoint(args, settings)
-    record = {"step": 0, "cursor": (0, 0), "x": 0.0, **(record or {}), "settings": settings}
     accelerator.wait_for_everyone()
 
     set_seed(args.seed)  # for the adapters' first weights; every other draw is keyed
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     models = load_models(args, dtype)
+    base = {"base weights": fingerprint([*models.encoders, models.denoiser])}
+    if checkpoint is not None:
+        check_settings(checkpoint, record, base, args)
+    record = {"step": 0, "cursor": (0, 0), "x": 0.0, **(record or {}), "settings": {**settings, **base}}
     for module in models.encoders:
         module.to(accelerator.device)
     prepare_denoisers(models, args, accelerator.device)
@@ -2252,8 +2290,7 @@ def main(args):
     if stopped:
         logger.info(f"Stopped by a signal; --resume_from_checkpoint latest goes on from update {record['step']}.")
     elif accelerator.is_main_process:
-        save_result(models, args)
-        write_model_card(args, record["step"])
+        write_result(models, args, record["step"])
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.wait_for_everyone()

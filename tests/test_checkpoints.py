@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Run
+from safetensors.torch import load_file, save_file
 from test_training import assert_same_result
 
 import train_sspo_sd as script
@@ -166,6 +167,23 @@ def test_another_data_set_is_told_by_its_size_and_first_caption(run, resume, tmp
         resume(data=tmp_path / "moved")
 
 
+def test_another_base_of_the_same_name_is_told_by_its_weights(train, run, sd, tmp_path):
+    """Moved it is the same; with one tensor that is another, be it of the VAE, it is not."""
+    base = shutil.copytree(sd, tmp_path / "base")
+    train("run", model=base, resume_from_checkpoint="latest", **OPTIONS)
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"] += 1e-3
+    save_file(weights, file)
+    with pytest.raises(script.UserError, match="made with base weights [0-9a-f]{16}, not [0-9a-f]{16}: go on with"):
+        train("run", model=base, resume_from_checkpoint="latest", **OPTIONS)
+    for path in run.path.glob("checkpoint-*/run.json"):  # of a version that did not record it
+        record = json.loads(path.read_text())
+        del record["settings"]["base weights"]
+        path.write_text(json.dumps(record))
+    train("run", model=base, resume_from_checkpoint="latest", **OPTIONS)
+
+
 class Malice:
     def __init__(self, path):
         self.path = path
@@ -242,6 +260,32 @@ def test_full_disk_is_one_line_and_costs_nothing(train, tmp_path, monkeypatch, w
     again = train("run", resume_from_checkpoint="latest", **options)
     assert_same_result(train("whole", **options), again)
     assert not list(again.path.glob("*.partial"))
+
+
+def test_a_folder_that_vanishes_costs_nothing(train, tmp_path, monkeypatch):
+    """A mount is lost in the middle of a run: one line, no new folder in its place, and `latest` goes on."""
+    write, calls = script.MetricsFile.write, []
+
+    def vanish(self, metrics):
+        calls.append(1)
+        if len(calls) == 4:
+            (tmp_path / "run").rename(tmp_path / "away")
+        write(self, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.MetricsFile, "write", vanish)
+        with pytest.raises(script.UserError, match=r"^metrics.jsonl cannot be written \(No such file.*latest$"):
+            train("run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "away").rename(tmp_path / "run")
+    again = train("run", resume_from_checkpoint="latest", **OPTIONS)
+    assert_same_result(train("whole", **OPTIONS), again)
+
+
+def test_out_of_memory_stays_what_it_is():
+    """A full disk is a RuntimeError of torch, too."""
+    with pytest.raises(RuntimeError, match="allocate memory"), script.writing("a checkpoint"):
+        torch.empty(10**15)
 
 
 def test_metrics_are_strict_json(tmp_path):

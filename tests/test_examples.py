@@ -7,14 +7,17 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, MotionAdapter, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 
-EMOJI = ROOT / "examples" / "emoji"
-sys.path.insert(0, str(EMOJI))
+EMOJI, EMOJI_VIDEO = ROOT / "examples" / "emoji", ROOT / "examples" / "emoji_video"
+sys.path[:0] = [str(ROOT / "examples"), str(EMOJI), str(EMOJI_VIDEO)]
 
+import clips  # noqa: E402
 import glyphs  # noqa: E402
+import quickstart_video  # noqa: E402
 import scorer  # noqa: E402
 
 
@@ -90,3 +93,67 @@ def test_quickstart_trains_scores_and_draws(quickstart):
     assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 3
     picture = Image.open(output / "before_after.png")
     assert picture.width > 600 and len(picture.getcolors(10**6)) > 1000
+
+
+# The video example
+
+
+def middle_and_size(frame):
+    """Where the glyph of a frame is, from the left, and how large: the root of the number of its pixels."""
+    away = np.abs(frame.astype(int) - np.median(frame, axis=(0, 1))).max(axis=2) > 40
+    return np.nonzero(away)[1].mean(), away.sum() ** 0.5
+
+
+@pytest.mark.parametrize("motion", clips.MOTIONS)
+def test_clips_move_as_told_and_flicker_where_they_should(motion):
+    steady = clips.render("frog", motion, 7)
+    (first, before), (last, after) = middle_and_size(steady[0]), middle_and_size(steady[-1])
+    way = {"moving left": -1, "moving right": 1}.get(motion)
+    assert way is None or way * (last - first) > 10
+    assert after / before > 1.3 if motion == "growing" else 0.85 < after / before < 1.2
+    flickering = clips.flicker(steady, "frog", motion, 7)
+    assert quickstart_video.motion_of(steady) == motion
+    assert quickstart_video.flicker_of(steady) < 0.005
+    assert quickstart_video.flicker_of(flickering) > 0.05
+    outlines = [np.quantile(frame, 0.02) for frame in flickering]
+    assert sum(tone > 100 for tone in outlines) == len(steady) // 2, "half of the frames"
+
+
+def test_adapter_is_small_and_safe():
+    files = list((EMOJI_VIDEO / "adapter").iterdir())
+    assert sum(path.stat().st_size for path in files) < 4e6
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert MotionAdapter.from_pretrained(EMOJI_VIDEO / "adapter").config.motion_max_seq_length == clips.FRAMES
+
+
+def test_words_of_motions_share_no_token_with_names():
+    """Their embeddings were drawn for the clips: what the base draws from names alone must not hang on them."""
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "base", subfolder="tokenizer")
+
+    def tokens_of(texts):
+        return {token for text in texts for token in tokenizer(text).input_ids}
+
+    assert not (tokens_of(clips.MOTIONS) & tokens_of(glyphs.CAPTIONS)) - tokens_of([""])
+    captions = [clips.caption(name, motion) for name in glyphs.CAPTIONS for motion in clips.MOTIONS]
+    assert max(len(tokenizer(caption).input_ids) for caption in captions) <= tokenizer.model_max_length
+
+
+def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
+    """As `make quickstart-video` runs it, with two updates and few clips."""
+    output = tmp_path / "run"
+    command = [sys.executable, ROOT / "examples" / "quickstart_video.py", "--output_dir", output, "--clips", 4]
+    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--rollout_steps", 3, "--report_to", "none"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "train_sspo_video.py" in result.stdout, "the command is shown"
+    scores = json.loads((output / "scores.json").read_text())
+    assert set(scores) == {"base", "aligned", "real, steady", "real, flickering", "base - aligned"}
+    difference = scores["base"]["flicker"]["mean"] - scores["aligned"]["flicker"]["mean"]
+    assert scores["base - aligned"]["flicker"]["mean"] == pytest.approx(difference, abs=1e-9)
+    assert scores["real, flickering"]["flicker"]["mean"] > 10 * scores["real, steady"]["flicker"]["mean"]
+    assert f"{scores['aligned']['identity']['mean']:.3f}" in result.stdout
+    assert scores["real, steady"]["as told"]["mean"] == 1
+    assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 2
+    with Image.open(output / "before_after.gif") as animation:
+        assert animation.n_frames == clips.FRAMES
+    assert Image.open(output / "before_after.png").size == (clips.FRAMES * 64, 2 * 4 * 64)

@@ -7,6 +7,7 @@ These are all points for Stable Diffusion; tests/test_faults_long.py has the oth
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ POINTS = {
     "the last validation": (None, "decode_latents", 4, "before"),
     "saving the result": (None, "save_result", 1, "before"),
     "the model card": (None, "write_model_card", 1, "before"),
+    "the result, written but not yet in place": (None, "write_model_card", 1, "after"),
 }
 
 
@@ -125,7 +127,7 @@ def whole(tmp_path_factory):
         key = module.__name__ + repr(sorted(options.items(), key=str))
         if key not in runs:
             path = train("whole", **options).path
-            runs[key] = Run(shutil.copytree(path, tmp_path_factory.mktemp("whole") / "run"))
+            runs[key] = Run(shutil.move(path, tmp_path_factory.mktemp("whole") / "run"))
         return runs[key]
 
     return make
@@ -139,6 +141,44 @@ def test_killed_run_ends_as_if_never_killed(train, whole, mode, what):
     assert code == -signal.SIGKILL, "the run did not come to the point"
     again = train("killed", resume_from_checkpoint="latest", **options)
     assert_as_never_stopped(whole(train, **options), again)
+
+
+def kill_while_moving(move):
+    """Makes the process kill itself before it moves the `move`-th part of the result into place."""
+    replace, moved = os.replace, []
+
+    def counting(source, place):
+        moved.append("result.partial" in Path(source).parts)
+        if moved[-1] and sum(moved) == move:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, place)
+
+    os.replace = counting
+
+
+def assert_result_is_whole_or_none(train, whole, directory, move, module=script, **options):
+    """
+    A finished run goes on for an update and is killed before its `move`-th move. Returns False if it has fewer.
+
+    Where the old result was there is then none, and the run that goes on puts the whole new one there.
+    """
+    longer = dict(options, max_train_steps=options["max_train_steps"] + 1)
+    path = directory / "moved"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(whole(train, module, **options).path, path)
+    resumed = dict(resume_from_checkpoint="latest", **longer)
+    if in_child(train, lambda: kill_while_moving(move), "moved", **resumed) == 0:
+        return False
+    assert (path / "result.partial").exists()
+    assert not [name for name in module.RESULTS if (path / name).exists()]
+    assert_as_never_stopped(whole(train, module, **longer), train("moved", **resumed))
+    return True
+
+
+@pytest.mark.parametrize("mode, move", [("lora", 2), ("full", 4)])
+def test_a_result_is_whole_or_none(train, whole, mode, move):
+    """Killed while an old result is replaced; the long part has every move of every script."""
+    assert assert_result_is_whole_or_none(train, whole, train.directory, move, **dict(OPTIONS, train_mode=mode))
 
 
 # at which point the signal comes, and after which update the run stops then

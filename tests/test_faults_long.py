@@ -15,7 +15,17 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, Run, flags
-from test_faults import OPTIONS, POINTS, SIGNALS, assert_as_never_stopped, at, in_child, send, whole  # noqa: F401
+from test_faults import (
+    OPTIONS,
+    POINTS,
+    SIGNALS,
+    assert_as_never_stopped,
+    assert_result_is_whole_or_none,
+    at,
+    in_child,
+    send,
+    whole,  # noqa: F401
+)
 from test_processes import ENVIRONMENT, launch, start, wait_for_updates
 from test_sdxl import sdxl, train_xl  # noqa: F401
 from test_training import LAYOUT, assert_same_but_for_rounding, assert_same_result
@@ -73,6 +83,18 @@ def test_killed_in_other_scripts(trains, whole, script, mode, what):  # noqa: F8
     if mode == "full" and what not in WINDOWS[3:6]:
         pytest.skip("as in LoRA mode")
     killed_and_resumed(trains[script], whole, what, POINTS[what], SCRIPTS[script], train_mode=mode, **OPTIONS)
+
+
+MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3)}  # of the parts of a result, in LoRA and in full mode
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_result_is_whole_or_none_at_every_move(trains, whole, tmp_path, script, mode):  # noqa: F811
+    options, move = dict(OPTIONS, train_mode=mode, max_train_steps=3), 1
+    while assert_result_is_whole_or_none(trains[script], whole, tmp_path, move, SCRIPTS[script], **options):
+        move += 1
+    assert move - 1 == MOVES[script][mode == "full"]
 
 
 # Two processes. They are forked from this one, which has everything imported, and talk through gloo.

@@ -311,7 +311,7 @@ def stock_pictures(pipeline):
 def test_result_loads_in_the_stock_pipeline_and_draws_what_the_run_drew(train_xl, sdxl, monkeypatch, options):
     """Base above, result below; the first loss is ln 2; nothing but the policy's weights has moved."""
     kept, save = [], script.save_result
-    monkeypatch.setattr(script, "save_result", lambda models, args: kept.append(models) or save(models, args))
+    monkeypatch.setattr(script, "save_result", lambda models, *rest: kept.append(models) or save(models, *rest))
     run = train_xl(validation_prompts=PROMPTS, learning_rate=5e-3, reference="latest", **options)
     assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert run.metrics[0]["gap/winner"] == run.metrics[0]["gap/rival"] == 0

@@ -97,7 +97,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capfd):
 def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     """Rivals: a clean picture and a degraded one. s is what the oracle row says, whatever the errors are."""
     good = study.render("banana", 4_000_000)
-    bad = sys.modules["glyphs"].degrade(good, "banana", 1, "grey")
+    bad = sys.modules["glyphs"].degrade(good, "banana", 1, ["grey"])
     monkeypatch.setattr(study.script, "sample_rivals", lambda models, *_: torch.tensor([0, 1]))
     monkeypatch.setattr(study.script, "decode_latents", lambda models, latents: (good, bad)[latents.item()])
     loss_of = study.script.sspo_loss

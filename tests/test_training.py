@@ -23,7 +23,7 @@ KEYS = (
 def capture(monkeypatch):
     """Keeps the models that a run hands to save_result."""
     kept, save = [], script.save_result
-    monkeypatch.setattr(script, "save_result", lambda models, args: kept.append(models) or save(models, args))
+    monkeypatch.setattr(script, "save_result", lambda models, *rest: kept.append(models) or save(models, *rest))
     return kept
 
 

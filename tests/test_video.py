@@ -590,7 +590,7 @@ def test_wrong_models_are_refused(motion, tmp_path):
 def capture(monkeypatch):
     """Keeps the models that a run hands to save_result."""
     kept, save = [], script.save_result
-    monkeypatch.setattr(script, "save_result", lambda models, args: kept.append(models) or save(models, args))
+    monkeypatch.setattr(script, "save_result", lambda models, *rest: kept.append(models) or save(models, *rest))
     return kept
 
 

@@ -130,11 +130,10 @@ def render(name, seed):
     )
 
 
-def degrade(picture, name, seed, kind=None):
-    """The picture spoiled in the way that (name, seed) draws, or in the way `kind` names."""
+def degrade(picture, name, seed, kinds=DEGRADATIONS):
+    """The picture spoiled in the way that (name, seed) draws out of `kinds`."""
     rng = generator(name, seed, purpose=1)
-    drawn = DEGRADATIONS[rng.integers(len(DEGRADATIONS))]
-    kind = drawn if kind is None else kind
+    kind = kinds[rng.integers(len(kinds))]
     if kind == "blurred":
         return picture.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 2.2)))
     pixels = np.asarray(picture, dtype=np.float32) / 255
@@ -156,13 +155,13 @@ def is_degraded(name, seed, share):
     return generator(name, seed, purpose=2).random() < share
 
 
-def mixed_set(per_caption, first_seed, degraded_share):
+def mixed_set(per_caption, first_seed, degraded_share, kinds=DEGRADATIONS):
     """(pictures (n, 64, 64, 3) uint8, caption indices, degraded flags), captions in turn."""
     pictures, labels, flags = [], [], []
     for seed in range(first_seed, first_seed + per_caption):
         for label, name in enumerate(CAPTIONS):
             picture, spoiled = render(name, seed), is_degraded(name, seed, degraded_share)
-            pictures.append(np.asarray(degrade(picture, name, seed) if spoiled else picture))
+            pictures.append(np.asarray(degrade(picture, name, seed, kinds) if spoiled else picture))
             labels.append(label)
             flags.append(spoiled)
     return np.stack(pictures), np.array(labels), np.array(flags)
@@ -185,7 +184,9 @@ def write_winners(folder, per_caption=20, captions=None, first_seed=WINNER_SEEDS
 def sheet():
     """Every glyph in a row of its own: upright, two poses, then the four degradations."""
     columns = [lambda name: draw_svg(name), lambda name: render(name, 0), lambda name: render(name, 1)]
-    columns += [functools.partial(lambda kind, name: degrade(render(name, 2), name, 2, kind), k) for k in DEGRADATIONS]
+    columns += [
+        functools.partial(lambda kind, name: degrade(render(name, 2), name, 2, [kind]), k) for k in DEGRADATIONS
+    ]
     blocks, rows = 4, -(-len(CAPTIONS) // 4)
     canvas = Image.new("RGB", (blocks * (len(columns) * SIZE + 16), rows * (SIZE + 14)), "white")
     for index, name in enumerate(CAPTIONS):

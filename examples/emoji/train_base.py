@@ -27,7 +27,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
-from glyphs import BASE_SEEDS, CAPTIONS, SIZE, mixed_set
+from glyphs import BASE_SEEDS, CAPTIONS, DEGRADATIONS, SIZE, mixed_set
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -224,7 +224,7 @@ def vae_loss(vae, pictures, rng):
 def train_vae(args):
     torch.manual_seed(args.seed)
     vae = build_vae().to(memory_format=torch.channels_last)
-    pictures, _, _ = mixed_set(args.pictures_per_caption, BASE_SEEDS, args.degraded_share)
+    pictures, _, _ = mixed_set(args.pictures_per_caption, BASE_SEEDS, args.degraded_share, args.degradations)
     shown = picture_tensor(pictures[: 2 * len(CAPTIONS) : 4])
 
     def loss_fn(chosen, rng):
@@ -258,6 +258,8 @@ def standardise_latents(vae, pictures):
 
 
 def load_vae(args):
+    if args.vae is not None:
+        return AutoencoderKL.from_pretrained(args.vae, subfolder="vae").eval().requires_grad_(False)
     vae = build_vae().eval().requires_grad_(False)
     vae.load_state_dict(averaged_weights("vae", "vae", args))
     pictures, _, _ = mixed_set(25, BASE_SEEDS, degraded_share=0.58)
@@ -268,9 +270,9 @@ def load_vae(args):
 @torch.no_grad()
 def latent_pool(args):
     """Every training picture's posterior, (means, stds, labels): encoded once, then kept in --work_dir."""
-    file = args.work_dir / f"latents-{args.degraded_share}.pt"
+    file = args.work_dir / f"latents-{args.degraded_share}-{'-'.join(args.degradations)}.pt"
     if not file.exists():
-        pictures, labels, _ = mixed_set(args.pictures_per_caption, BASE_SEEDS, args.degraded_share)
+        pictures, labels, _ = mixed_set(args.pictures_per_caption, BASE_SEEDS, args.degraded_share, args.degradations)
         vae = load_vae(args)
         posteriors = [vae.encode(picture_tensor(part)).latent_dist for part in np.array_split(pictures, 100)]
         means = torch.cat([posterior.mean for posterior in posteriors])
@@ -380,6 +382,8 @@ def main():
     parser.add_argument("--ema_decay", type=float)
     parser.add_argument("--pictures_per_caption", type=int, default=300)
     parser.add_argument("--degraded_share", type=float, default=0.58)
+    parser.add_argument("--degradations", nargs="+", choices=DEGRADATIONS, default=DEGRADATIONS)
+    parser.add_argument("--vae", type=Path, help="a finished pipeline: its autoencoder instead of the first stage's")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--save_every", type=int, default=500)

@@ -1,8 +1,8 @@
 """OpenMoji glyphs that move, as a tiny text-to-video data set: 8 frames of 64x64, captioned with name and motion.
 
 A clip is a function of (name, motion, seed): the seed draws its pose and its speed, and `flicker` may then spoil it:
-each frame is washed out by another amount. Captions never mention that, so a model trained on both makes both, and
-"steady rather than flickering" is a preference that can be learned from steady clips alone.
+half of its frames, in no order, are washed out. Captions never mention that, so a model trained on both makes both,
+and "steady rather than flickering" is a preference that can be learned from steady clips alone.
 
     python clips.py winners --output_dir winners --per_caption 3   # a videofolder of steady winners
     python clips.py sheet --output sheet.png                       # each motion, steady and flickering
@@ -52,9 +52,11 @@ def render(name, motion, seed):
 
 
 def flicker(frames, name, motion, seed):
-    """The clip with each frame washed out by another amount."""
-    kept = generator(name, motion, seed, purpose=11).uniform(0.3, 1.0, size=(len(frames), 1, 1, 1))
-    return (255 - (255 - frames) * kept).round().astype(np.uint8)
+    """The clip with half of its frames washed out, in no order and as much as in glyphs.degrade."""
+    rng = generator(name, motion, seed, purpose=11)
+    washed_out = rng.permutation(len(frames)) < len(frames) // 2
+    kept = np.where(washed_out, rng.uniform(0.3, 0.45, size=len(frames)), 1.0)
+    return (255 - (255 - frames) * kept[:, None, None, None]).round().astype(np.uint8)
 
 
 def caption(name, motion):
