@@ -202,11 +202,12 @@ def pilots_table(folder):
     return table(["regime", "row", "", "", "", ""], lines)
 
 
-def tables(results, pilots, parents):
+def tables(results, second, pilots, parents):
     """{marker: text} of all that README.md shows between markers. `parents` has all rows, see scores_table."""
     told = {"pilots": pilots_table(pilots)}
     for regime in REGIMES:
         told[f"main {regime}"] = scores_table(results, regime, dict.fromkeys(MAIN))
+        told[f"second {regime}"] = scores_table(second, regime, dict.fromkeys(MAIN))
         others = {row: parent for row, parent in parents.items() if row not in MAIN}
         told[f"others {regime}"] = scores_table(results, regime, others)
         told[f"curves {regime}"] = curves_table(results, regime, parents)
@@ -319,12 +320,13 @@ def picture_sheet(folder, left=130, top=22):
     return canvas.quantize(128)
 
 
-def write(results_folder, pilots_folder, parents):
-    results = read_results(results_folder)
+def write(results_folder, second_folder, pilots_folder, parents):
+    results, second = read_results(results_folder), read_results(second_folder)
     readme = HERE / "README.md"
-    readme.write_text(fill_in(readme.read_text(), tables(results, pilots_folder, parents)))
+    readme.write_text(fill_in(readme.read_text(), tables(results, second, pilots_folder, parents)))
     for name, figure in {
         "scores": plot_scores(results, parents),
+        "scores_second": plot_scores(second, MAIN),
         "cost": plot_cost(results),
         "curves": plot_curves(results),
     }.items():

@@ -6,6 +6,7 @@ study can be stopped and continued. What is run and concluded was written down i
 
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
+    python examples/study/study.py second               # the main rows on the second base
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
     python examples/study/study.py report               # tables and plots of README.md from results/
 """
@@ -47,8 +48,8 @@ from transformers.utils import logging as transformers_logging
 import train_sspo_sd as script
 
 
-BASE = HERE.parent / "emoji" / "base"
-RESULTS, PILOTS = HERE / "results", HERE / "pilots"
+BASES = {"first": HERE.parent / "emoji" / "base", "second": HERE / "base"}
+RESULTS, SECOND_RESULTS, PILOTS = HERE / "results", HERE / "results_second", HERE / "pilots"
 
 # Of the captions that no winner has, a third chose the settings (plan.md); the others are only for the results.
 SELECTION = HELD_OUT[::3]
@@ -150,6 +151,7 @@ class Job:
     captions: tuple = tuple(TEST)
     noise: tuple = (10_000, 20_000)
     per_caption: int = 6
+    base: str = "first"
 
     @property
     def result(self):
@@ -198,6 +200,16 @@ def main_jobs():
                         yield Job(regime, name, seed, TUNED[regime][row.like or name])
 
 
+def second_jobs():
+    """The main rows on the second base, with the settings that the first one's tuning chose."""
+    base = {"base": "second", "folder": SECOND_RESULTS}
+    yield Job("plenty", "base", 0, {}, **base)
+    for seed in range(3):
+        for regime in REGIMES:
+            for row, tuned in TUNED[regime].items():
+                yield Job(regime, row, seed, tuned, **base)
+
+
 def pilots():
     """The tuning, on selection captions and on winners and seeds of its own."""
     for regime, (sft_grid, sspo_grid) in GRIDS.items():
@@ -208,9 +220,9 @@ def pilots():
                     yield Job(regime, row, 100, trial, PILOTS / name, tuple(SELECTION), (30_000,), 16)
 
 
-def command_line(settings, winners, output):
+def command_line(settings, winners, output, base="first"):
     """`settings` as train_sspo_sd.py's words."""
-    files = {"pretrained_model_name_or_path": BASE, "train_data_dir": winners, "output_dir": output}
+    files = {"pretrained_model_name_or_path": BASES[base], "train_data_dir": winners, "output_dir": output}
     words = [text for flag, value in {**files, **settings}.items() for text in (f"--{flag}", str(value))]
     return [*words, "--cache_latents"]
 
@@ -269,7 +281,7 @@ def train(job, folder):
         the UNet was called on; and of `curves`.
     """
     write_winners(folder / "winners", REGIMES[job.regime].winners, first_seed=WINNER_SEEDS + 1000 * job.seed)
-    args = script.parse_args(command_line(job.settings(), folder / "winners", folder / "run"))
+    args = script.parse_args(command_line(job.settings(), folder / "winners", folder / "run", job.base))
     args.cache_dir = str(folder / "datasets")
     notes, loop = patch(job), script.train
 
@@ -348,17 +360,17 @@ def run(job):
         library.disable_progress_bar()
     datasets.disable_progress_bars()
     result = {"regime": job.regime, "row": job.row, "seed": job.seed}
-    started = time.time()
+    started, base = time.time(), BASES[job.base]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if job.row == "base":
-            pipeline = load_pipeline(BASE, "cpu")
+            pipeline = load_pipeline(base, "cpu")
         else:
             result["settings"] = job.settings()
             result |= train(job, folder)
             half_way = folder / "run" / f"checkpoint-{result['settings']['checkpointing_steps']}"
-            judge_pictures(load_aligned(BASE, half_way, "cpu"), job, job.noise[0], result.setdefault("half way", {}))
-            pipeline = load_aligned(BASE, folder / "run", "cpu")
+            judge_pictures(load_aligned(base, half_way, "cpu"), job, job.noise[0], result.setdefault("half way", {}))
+            pipeline = load_aligned(base, folder / "run", "cpu")
     job.result.parent.mkdir(parents=True, exist_ok=True)
     result["error"] = round(heldout_error(pipeline, job.captions), 5)
     result |= {"captions": job.captions, "per_caption": job.per_caption, "noise": job.noise}
@@ -415,17 +427,17 @@ def run_all(jobs, workers, logs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "pilot", "report"])
+    parser.add_argument("command", choices=["run", "second", "pilot", "report"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
     parser.add_argument("--logs", type=Path, default=HERE / "logs", help="where the runs print")
     args = parser.parse_args()
-    jobs = {"run": main_jobs, "pilot": pilots, "report": list}[args.command]()
+    jobs = {"run": main_jobs, "second": second_jobs, "pilot": pilots, "report": list}[args.command]()
     jobs = [job for job in jobs if job.row in args.rows and job.regime in args.regimes]
     failed = run_all(jobs, args.workers, args.logs)
     if args.command != "pilot":
-        report.write(RESULTS, PILOTS, {name: row.like for name, row in ROWS.items()})
+        report.write(RESULTS, SECOND_RESULTS, PILOTS, {name: row.like for name, row in ROWS.items()})
     if failed:
         sys.exit(f"{failed} runs failed: see {args.logs}")
 
