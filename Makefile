@@ -33,6 +33,7 @@ benchmark: $(VENV)/installed
 
 study: $(VENV)/installed
 	$(BIN)/python examples/study/study.py run
+	$(BIN)/python examples/study/study.py second
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

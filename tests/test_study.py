@@ -16,7 +16,7 @@ import report  # noqa: E402
 import study  # noqa: E402
 
 
-RESULTS = report.read_results(study.RESULTS)
+RESULTS, SECOND_RESULTS = report.read_results(study.RESULTS), report.read_results(study.SECOND_RESULTS)
 
 
 def test_every_run_of_the_plan_has_flags_that_the_script_takes():
@@ -64,8 +64,12 @@ def test_the_plan_tells_the_settings():
 
 
 def test_every_result_is_of_a_run_of_the_plan():
-    jobs = {(job.regime, job.row, job.seed): job for job in study.main_jobs()}
-    for (regime, row), runs in RESULTS.items():
+    for jobs, results in ((study.main_jobs(), RESULTS), (study.second_jobs(), SECOND_RESULTS)):
+        check_results({(job.regime, job.row, job.seed): job for job in jobs}, results)
+
+
+def check_results(jobs, results):
+    for (regime, row), runs in results.items():
         for seed, result in runs.items():
             job = jobs[regime, row, seed]
             assert job.result.exists()
@@ -144,4 +148,4 @@ def test_interval_has_the_variance_of_seeds_and_of_captions():
 def test_the_page_says_what_the_results_say():
     page = (STUDY / "README.md").read_text()
     parents = {name: row.like for name, row in study.ROWS.items()}
-    assert page == report.fill_in(page, report.tables(RESULTS, study.PILOTS, parents))
+    assert page == report.fill_in(page, report.tables(RESULTS, SECOND_RESULTS, study.PILOTS, parents))
