@@ -95,6 +95,12 @@ def test_quickstart_trains_scores_and_draws(quickstart):
     assert picture.width > 600 and len(picture.getcolors(10**6)) > 1000
 
 
+def test_a_base_may_learn_from_other_degradations():
+    """As the study's second base did: grey pictures only, and all of them."""
+    pictures, _, degraded = glyphs.mixed_set(1, glyphs.BASE_SEEDS, degraded_share=1.0, kinds=["grey"])
+    assert degraded.all() and (pictures == pictures[..., :1]).all()
+
+
 # The video example
 
 

@@ -78,6 +78,17 @@ def check_results(jobs, results):
             assert report.samples(result).shape == (len(study.TEST), 2 * job.per_caption)
 
 
+@pytest.mark.parametrize("base, results", [("first", RESULTS), ("second", SECOND_RESULTS)])
+def test_committed_scores_are_those_of_the_base_that_is_shipped(base, results):
+    """The first caption's pictures, drawn and judged again; another processor rounds a little otherwise."""
+    (committed,) = results["plenty", "base"].values()
+    job = study.Job("plenty", "base", 0, {}, captions=tuple(study.TEST[:1]), base=base)
+    again = {}
+    study.judge_pictures(study.load_pipeline(study.BASES[base], "cpu"), job, job.noise[0], again)
+    for name, values in again.items():
+        assert values == pytest.approx(committed[name][: job.per_caption], abs=0.02)
+
+
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capfd):
     jobs = [study.Job("few", row, seed, {}, tmp_path) for row in ("sft", "sign") for seed in (0, 1)]
     jobs[0].result.parent.mkdir()
@@ -108,13 +119,13 @@ def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     monkeypatch.setattr(study.script, "sspo_loss", loss_of)
     notes = study.patch(study.Job("few", f"{ssr} by oracle", 0, {}))
     study.script.sample_rivals(None, None)
-    errors = [torch.tensor([[a], [b]]) for a, b in ((0.3, 0.3), (0.1, 0.2), (0.2, 0.5), (0.2, 0.1))]
+    errors = [torch.tensor([[a], [b]]) for a, b in ((0.3, 0.3), (0.1, 0.2), (0.5, 0.2), (0.2, 0.1))]
     loss, metrics = study.script.sspo_loss(*errors, 10.0, ssr, 0.5, 0.0, None)
-    gap_winner, gap_rival = torch.tensor([0.1, -0.2]), torch.tensor([-0.1, 0.1])
+    gap_winner, gap_rival = torch.tensor([-0.2, 0.1]), torch.tensor([-0.1, 0.1])
     s = torch.tensor([otherwise, 1.0])  # clean: it is a winner
     torch.testing.assert_close(loss, torch.nn.functional.softplus(5 * (gap_winner - 0.5 * s * gap_rival)).mean())
     assert metrics["dpo_fraction"] == 0.5 and notes["rivals/clean"] == [0.5]
-    assert notes["switch/right"] == [1.0], "x would have said the same here"
+    assert notes["switch/right"] == [0.0], "x would have said the opposite of both"
 
 
 def result(preference, seed=0):

@@ -1,6 +1,6 @@
 """The study: does SSPO bring more than fine-tuning on the same winners, and by which of its parts?
 
-A run is one training by train_sspo_sd.py on the emoji base, then pictures of captions that it never saw, judged by
+A run is one training by train_sspo_sd.py on an emoji base, then pictures of captions that it never saw, judged by
 examples/emoji/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so the
 study can be stopped and continued. What is run and concluded was written down in plan.md before the runs.
 
@@ -8,7 +8,7 @@ study can be stopped and continued. What is run and concluded was written down i
     python examples/study/study.py run --rows sft sign  # some rows
     python examples/study/study.py second               # the main rows on the second base
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
-    python examples/study/study.py report               # tables and plots of README.md from results/
+    python examples/study/study.py report               # tables and plots of README.md from the results
 """
 
 # ruff: noqa: E402
@@ -166,22 +166,18 @@ class Job:
 
 
 # What the tuning chose: for each regime and method the best trial on the selection captions (README.md shows all).
+UNGUIDED = {"learning_rate": 0.003, "rollout_guidance_scale": 1.0}
 TUNED = {
     "plenty": {
         "sft": {"learning_rate": 0.006},
         "sft matched": {"learning_rate": 0.003},
         "sign": {"learning_rate": 0.003, "rollout_guidance_scale": 3.0},
-        "indicator": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
-        "none": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
-        "none, rival 0.3": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        **dict.fromkeys(("indicator", "none", "none, rival 0.3"), UNGUIDED),
     },
     "few": {
         "sft": {"learning_rate": 0.006},
         "sft matched": {"learning_rate": 0.001},
-        "sign": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
-        "indicator": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
-        "none": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
-        "none, rival 0.3": {"learning_rate": 0.003, "rollout_guidance_scale": 1.0},
+        **dict.fromkeys(("sign", "indicator", "none", "none, rival 0.3"), UNGUIDED),
     },
 }
 
