@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two shared cores spin on models this small
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's background job ignores SIGINT, and so would every run that the tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
