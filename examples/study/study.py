@@ -7,6 +7,7 @@ study can be stopped and continued. What is run and concluded was written down i
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
     python examples/study/study.py second               # the main rows on the second base
+    python examples/study/study.py later                # what the plan's last section adds, on both
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
     python examples/study/study.py report               # tables and plots of README.md from the results
 """
@@ -83,7 +84,7 @@ class Regime:
     matched_updates: int  # of SFT, in the time that SSPO takes for `updates`
 
 
-REGIMES = {"plenty": Regime(20, 40, 300), "few": Regime(1, 40, 300)}
+REGIMES = {"plenty": Regime(20, 40, 300), "few": Regime(1, 40, 300), "long": Regime(1, 120, 900)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Row:
     like: str | None = None  # the row whose tuned settings it takes
     matched: bool = False  # whether it trains for as long as SSPO does, not for as many updates
     switch: str | None = None  # what decides it in place of the errors: coin, oracle
+    updates: int | None = None  # in place of the regime's
+    redrawn: bool = False  # whether the reference is drawn for every update, not for an iteration
 
 
 ROWS = {
@@ -130,6 +133,11 @@ ROWS = {
             "rollout_strength 0.7": {"rollout_strength": 0.7},
         }.items()
     },
+    # Later
+    "sft, 500 updates": Row(4, {"loss_type": "sft"}, like="sft matched", updates=500),  # in the time of 4 draws
+    "2 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 2}, like="none, rival 0.3"),
+    "8 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 8}, like="none, rival 0.3"),
+    "reference drawn each update": Row(4, {"ssr": "none", "rival_weight": 0.3}, like="none, rival 0.3", redrawn=True),
 }
 SFT_GRID = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 6e-3, 12e-3)]
 SSPO_GRID = [
@@ -160,12 +168,13 @@ class Job:
     def settings(self):
         """The flags of train_sspo_sd.py, but for those that name files."""
         row, regime = ROWS[self.row], REGIMES[self.regime]
-        updates = regime.matched_updates if row.matched else regime.updates
+        updates = row.updates or (regime.matched_updates if row.matched else regime.updates)
         length = {"max_train_steps": updates, "checkpointing_steps": updates // 2, "seed": self.seed}
         return {**COMMON, **length, **self.tuned, **row.flags}
 
 
 # What the tuning chose: for each regime and method the best trial on the selection captions (README.md shows all).
+# Long was not tuned: it takes few's settings.
 UNGUIDED = {"learning_rate": 0.003, "rollout_guidance_scale": 1.0}
 TUNED = {
     "plenty": {
@@ -190,7 +199,7 @@ def main_jobs():
     yield Job("plenty", "base", 0, {})
     for tier, seeds in ORDER:
         for seed in seeds:
-            for regime in REGIMES:
+            for regime in TUNED:
                 for name, row in ROWS.items():
                     if row.tier == tier and name != "base":
                         yield Job(regime, name, seed, TUNED[regime][row.like or name])
@@ -201,9 +210,29 @@ def second_jobs():
     base = {"base": "second", "folder": SECOND_RESULTS}
     yield Job("plenty", "base", 0, {}, **base)
     for seed in range(3):
-        for regime in REGIMES:
+        for regime in TUNED:
             for row, tuned in TUNED[regime].items():
                 yield Job(regime, row, seed, tuned, **base)
+
+
+def later_jobs():
+    """What the plan's last section adds, in its order."""
+    first, second = {}, {"base": "second", "folder": SECOND_RESULTS}
+
+    def jobs(regimes, rows, seeds, base):
+        for seed in seeds:
+            for regime in regimes:
+                tuned = TUNED["few" if regime == "long" else regime]
+                for row in rows:
+                    yield Job(regime, row, seed, tuned[ROWS[row].like or row], **base)
+
+    for seed in range(3):
+        yield from jobs(["long"], ["sft matched", "sign", "indicator", "none, rival 0.3"], [seed], first)
+        yield from jobs(TUNED, ["sft, 500 updates"], [seed], first)
+        yield from jobs(TUNED, ["4 draws", "sft, 500 updates"], [seed], second)
+    yield from jobs(TUNED, ["2 draws", "reference drawn each update"], range(3), first)
+    yield from jobs(TUNED, TUNED["few"], range(3, 5), second)
+    yield from jobs(TUNED, ["8 draws"], range(3), first)
 
 
 def pilots():
@@ -264,7 +293,14 @@ def patch(job):
         loss, metrics = sspo_loss(*errors, beta, "none", weight * s[:, None], *others)
         return loss, metrics | {"dpo_fraction": (s == 1).float().mean()}
 
+    def drawn_each_update(bank, iteration):
+        live, update = bank.live(iteration), len(notes["rivals/clean"])
+        generator = script.keyed_generator("reference of an update", bank.seed, update)
+        return live[torch.randint(len(live), (), generator=generator).item()]
+
     script.sample_rivals, script.sspo_loss = judged_rivals, switched_loss
+    if ROWS[job.row].redrawn:
+        script.ReplayBank.draw = drawn_each_update
     return notes
 
 
@@ -423,13 +459,14 @@ def run_all(jobs, workers, logs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "second", "pilot", "report"])
+    parser.add_argument("command", choices=["run", "second", "later", "pilot", "report"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: both")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
     parser.add_argument("--logs", type=Path, default=HERE / "logs", help="where the runs print")
     args = parser.parse_args()
-    jobs = {"run": main_jobs, "second": second_jobs, "pilot": pilots, "report": list}[args.command]()
+    commands = {"run": main_jobs, "second": second_jobs, "later": later_jobs, "pilot": pilots, "report": list}
+    jobs = commands[args.command]()
     jobs = [job for job in jobs if job.row in args.rows and job.regime in args.regimes]
     failed = run_all(jobs, args.workers, args.logs)
     if args.command != "pilot":
