@@ -34,6 +34,7 @@ benchmark: $(VENV)/installed
 study: $(VENV)/installed
 	$(BIN)/python examples/study/study.py run
 	$(BIN)/python examples/study/study.py second
+	$(BIN)/python examples/study/study.py later
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

@@ -11,10 +11,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
+from train_sspo_sd import ReplayBank  # noqa: E402
+
 
 HERE = Path(__file__).resolve().parent
 REGIMES, WINNERS = ("plenty", "few"), {"plenty": 560, "few": 28}
 MAIN = ("base", "sft", "sft matched", "sign", "indicator", "none", "none, rival 0.3")
+DRAWS = ("4 draws", "sft, 500 updates")  # of equal time
 COLOURS = dict(zip(MAIN, ("#777777", "#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#2ca02c", "#9467bd")))
 
 
@@ -202,12 +205,52 @@ def pilots_table(folder):
     return table(["regime", "row", "", "", "", ""], lines)
 
 
+def draws_table(bases):
+    """Four draws a pair against SFT of their time; `bases` are the results of each."""
+    lines = []
+    for base, results in bases.items():
+        for regime in REGIMES:
+            runs, sft = (results.get((regime, row), {}) for row in DRAWS)
+            compared = compare(runs, sft)
+            if compared is not None:
+                scores = [f"{mean(of):.3f}" for of in (runs, sft)]
+                intervals = [interval(compared), interval(compared, "win_rate")]
+                lines.append([base, regime, str(compared["seeds"]), *scores, *intervals])
+    return table(["base", "regime", "seeds", *DRAWS, "difference", "win rate"], lines)
+
+
+def ages_table(results, rows=("sign", "indicator", "none", "none, rival 0.3")):
+    """
+    What the age of the reference does: of iterations 2 to 4, each of which is five points of a curve.
+
+    The age is in iterations: 0 is the newest entry of the bank. Which one was drawn is a function of the seed.
+    """
+    names = ("implicit_accuracy", "gap/winner", "gap/rival", "rivals/clean", "switch/right")
+    values = {}
+    for regime in REGIMES:
+        for row in rows:
+            for seed, run in results.get((regime, row), {}).items():
+                bank = ReplayBank("", size=30, seed=seed)
+                for iteration in (2, 3, 4):
+                    age, piece = iteration - 1 - bank.draw(iteration), slice(5 * (iteration - 1), 5 * iteration)
+                    told = [np.mean(run["curves"][name][piece]) for name in names]
+                    values.setdefault((row, age), []).append(told)
+    lines = [
+        [row, str(age), str(len(told)), *map(number, np.mean(told, axis=0), (2, 5, 5, 2, 2))]
+        for (row, age), told in sorted(values.items(), key=lambda item: (rows.index(item[0][0]), item[0][1]))
+    ]
+    head = ["row", "age", "iterations", "implicit_accuracy", "gap/winner", "gap/rival"]
+    return table([*head, "rivals that are clean", "switch agrees with the scorer"], lines)
+
+
 def tables(results, second, pilots, parents):
     """{marker: text} of all that README.md shows between markers. `parents` has all rows, see scores_table."""
-    told = {"pilots": pilots_table(pilots)}
+    told = {"pilots": pilots_table(pilots), "draws": draws_table({"first": results, "second": second})}
+    told["main long"] = scores_table(results, "long", dict.fromkeys(MAIN))
+    told["ages"] = ages_table(results)
     for regime in REGIMES:
         told[f"main {regime}"] = scores_table(results, regime, dict.fromkeys(MAIN))
-        told[f"second {regime}"] = scores_table(second, regime, dict.fromkeys(MAIN))
+        told[f"second {regime}"] = scores_table(second, regime, dict.fromkeys([*MAIN, *DRAWS]))
         others = {row: parent for row, parent in parents.items() if row not in MAIN}
         told[f"others {regime}"] = scores_table(results, regime, others)
         told[f"curves {regime}"] = curves_table(results, regime, parents)
@@ -306,7 +349,7 @@ def plot_curves(results):
 def picture_sheet(folder, left=130, top=22):
     """Each main row's first pictures of seed 0, by the same noise: the strips that the runs left."""
     strips = []
-    for regime in REGIMES:
+    for regime in (*REGIMES, "long"):
         for row in MAIN:
             path = folder / regime / f"{file_name(row)}-0.png"
             strips += [("base" if row == "base" else f"{regime}: {row}", path)] if path.exists() else []
@@ -326,7 +369,7 @@ def write(results_folder, second_folder, pilots_folder, parents):
     readme.write_text(fill_in(readme.read_text(), tables(results, second, pilots_folder, parents)))
     for name, figure in {
         "scores": plot_scores(results, parents),
-        "scores_second": plot_scores(second, MAIN),
+        "scores_second": plot_scores(second, [*MAIN, *DRAWS]),
         "cost": plot_cost(results),
         "curves": plot_curves(results),
     }.items():
