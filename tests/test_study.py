@@ -131,6 +131,42 @@ def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     assert notes["switch/right"] == [0.0], "x would have said the opposite of both"
 
 
+def test_the_redrawn_reference_is_another_one_for_another_update(monkeypatch):
+    """Of all that the iteration's bank holds, and the same in a run that is made again."""
+    monkeypatch.setattr(study.script, "sample_rivals", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(study.script, "decode_latents", lambda *_: study.render("banana", 4_000_000))
+    monkeypatch.setattr(study.script, "sspo_loss", study.script.sspo_loss)
+    monkeypatch.setattr(study.script.ReplayBank, "draw", study.script.ReplayBank.draw)
+
+    def drawn(row, updates=30):
+        study.patch(study.Job("few", row, 0, {}))
+        bank, indices = study.script.ReplayBank("", 30, seed=0), []
+        for _ in range(updates):
+            indices.append(bank.draw(4))
+            study.script.sample_rivals(None)
+        return indices
+
+    assert len(set(drawn("none, rival 0.3"))) == 1
+    each = drawn("reference drawn each update")
+    assert set(each) == {0, 1, 2, 3} and each == drawn("reference drawn each update")
+
+
+def test_ages_are_those_of_the_references_that_were_drawn():
+    """A bank that always draws the base has the age of the iteration before; the pieces are the iterations."""
+    points = np.arange(20.0)
+    names = ("implicit_accuracy", "gap/winner", "gap/rival", "rivals/clean", "switch/right")
+    runs = {seed: {"curves": dict.fromkeys(names, points)} for seed in range(3)}
+    table = report.ages_table({("few", "none"): runs})
+    sums = {}
+    for seed in runs:
+        bank = study.script.ReplayBank("", 30, seed=seed)
+        for iteration in (2, 3, 4):
+            sums.setdefault(iteration - 1 - bank.draw(iteration), []).append(5 * iteration - 3)  # its middle point
+    assert 0 in sums and len(sums) > 1
+    for age, middles in sums.items():
+        assert f"| none | {age} | {len(middles)} | {np.mean(middles):.2f} |" in table
+
+
 def result(preference, seed=0):
     """A result of three captions, two noise sets and two pictures of each."""
     preference = np.asarray(preference, float).ravel().tolist()
