@@ -67,6 +67,7 @@ def test_the_plan_tells_the_settings():
 def test_every_result_is_of_a_run_of_the_plan():
     jobs = [*study.main_jobs(), *study.second_jobs(), *study.later_jobs()]
     assert len({job.result for job in jobs}) == len(jobs), "no two write the same file"
+    assert all(job.result.exists() for job in jobs), "the page says that all of the plan has run"
     for base, results in (("first", RESULTS), ("second", SECOND_RESULTS)):
         check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == base}, results)
 
@@ -75,7 +76,6 @@ def check_results(jobs, results):
     for (regime, row), runs in results.items():
         for seed, result in runs.items():
             job = jobs[regime, row, seed]
-            assert job.result.exists()
             assert row == "base" or result["settings"] == job.settings()
             assert result["captions"] == study.TEST and result["noise"] == list(job.noise)
             assert report.samples(result).shape == (len(study.TEST), 2 * job.per_caption)
@@ -152,7 +152,7 @@ def test_the_redrawn_reference_is_another_one_for_another_update(monkeypatch):
 
 
 def test_ages_are_those_of_the_references_that_were_drawn():
-    """A bank that always draws the base has the age of the iteration before; the pieces are the iterations."""
+    """Each point of the curve is its own number, so the means tell which points went to which age."""
     points = np.arange(20.0)
     names = ("implicit_accuracy", "gap/winner", "gap/rival", "rivals/clean", "switch/right")
     runs = {seed: {"curves": dict.fromkeys(names, points)} for seed in range(3)}

@@ -137,7 +137,7 @@ def scores_table(results, regime, parents):
     """
     changed = any(parents.values())
     head = ["row", "seeds", "half way", "score ± sd", "preference", "identity", "− SFT, equal updates"]
-    head += ["− SFT, equal time", "− the row it changes" if changed else "win rate over SFT, equal time"]
+    head += ["− sft matched", "− the row it changes" if changed else "win rate over sft matched"]
     head += ["held-out error", "core seconds", "UNet, thousand latents"]
     lines = []
     for row, parent in parents.items():
