@@ -7,7 +7,8 @@ study can be stopped and continued. What is run and concluded was written down i
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
     python examples/study/study.py second               # the main rows on the second base
-    python examples/study/study.py later                # what the plan's last section adds, on both
+    python examples/study/study.py later                # what the plan adds, on both
+    python examples/study/study.py again                # the confirmation: tuning of its own, fresh seeds, two scorers
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
     python examples/study/study.py report               # tables and plots of README.md from the results
 """
@@ -44,6 +45,7 @@ from glyphs import HELD_OUT, TEST_SEEDS, WINNER_SEEDS, render, write_winners
 from PIL import Image
 from quickstart import load_aligned, load_pipeline
 from scorer import judge, load_scorer, scores, to_tensor
+from second_scorer import load_second_scorer
 from transformers.utils import logging as transformers_logging
 
 import train_sspo_sd as script
@@ -51,6 +53,7 @@ import train_sspo_sd as script
 
 BASES = {"first": HERE.parent / "emoji" / "base", "second": HERE / "base"}
 RESULTS, SECOND_RESULTS, PILOTS = HERE / "results", HERE / "results_second", HERE / "pilots"
+AGAIN_RESULTS, AGAIN_PILOTS = HERE / "results_again", HERE / "pilots_again"
 
 # Of the captions that no winner has, a third chose the settings (plan.md); the others are only for the results.
 SELECTION = HELD_OUT[::3]
@@ -98,6 +101,7 @@ class Row:
     switch: str | None = None  # what decides it in place of the errors: coin, oracle
     updates: int | None = None  # in place of the regime's
     redrawn: bool = False  # whether the reference is drawn for every update, not for an iteration
+    safeguarded: bool = False  # whether the rival's gradient is held back where it would raise the winner's error
 
 
 ROWS = {
@@ -138,6 +142,7 @@ ROWS = {
     "2 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 2}, like="none, rival 0.3"),
     "8 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 8}, like="none, rival 0.3"),
     "reference drawn each update": Row(4, {"ssr": "none", "rival_weight": 0.3}, like="none, rival 0.3", redrawn=True),
+    "none, safeguarded": Row(4, {"ssr": "none"}, like="none", safeguarded=True),
 }
 SFT_GRID = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 6e-3, 12e-3)]
 SSPO_GRID = [
@@ -216,7 +221,7 @@ def second_jobs():
 
 
 def later_jobs():
-    """What the plan's last section adds, in its order."""
+    """What the plan adds, in its order."""
     first, second = {}, {"base": "second", "folder": SECOND_RESULTS}
 
     def jobs(regimes, rows, seeds, base):
@@ -245,6 +250,61 @@ def pilots():
                     yield Job(regime, row, 100, trial, PILOTS / name, tuple(SELECTION), (30_000,), 16)
 
 
+# The confirmation: what it compares, and the rates that every row tries. Where the best of the three is the lowest or
+# the highest, the next one beyond it is tried too.
+CONFIRMED = ("sft matched", "sft, 500 updates", "sign", "indicator", "none", "none, rival 0.3", "4 draws")
+CONTROLS = ("winner only", "sign by coin", "sign by oracle", "indicator by oracle")
+CONTROLS += ("sign, scope iteration", "indicator, scope iteration")  # on the second base; the first one has had them
+RATES, BEYOND = (1e-3, 3e-3, 6e-3), {1e-3: 3e-4, 6e-3: 12e-3}
+FRESH_NOISE = (40_000, 50_000)
+
+
+def trial(base, regime, row, rate):
+    tuned = {"learning_rate": rate} | ({} if "sft" in row else {"rollout_guidance_scale": 1.0})
+    folder = AGAIN_PILOTS / base / f"{rate:g}"
+    return Job(regime, row, 101, tuned, folder, tuple(SELECTION), (30_000,), 16, base)
+
+
+def best_trial(base, regime, row):
+    """The best of a row's trials that have run."""
+    trials = [trial(base, regime, row, rate) for rate in (*RATES, *BEYOND.values())]
+    made = [job for job in trials if job.result.exists()]
+    return max(made, key=lambda job: report.samples(json.loads(job.result.read_text())).mean())
+
+
+def confirmed_rows():
+    return [(base, regime, row) for base in BASES for regime in TUNED for row in CONFIRMED]
+
+
+def first_trials():
+    return [trial(*row, rate) for row in confirmed_rows() for rate in RATES]
+
+
+def trials_beyond():
+    best = {row: best_trial(*row).tuned["learning_rate"] for row in confirmed_rows()}
+    return [trial(*row, BEYOND[rate]) for row, rate in best.items() if rate in BEYOND]
+
+
+def confirmation_jobs():
+    """The confirmation's runs in the plan's order, with each row's best rate, or that of the row which it changes."""
+
+    def job(base, regime, row, seed):
+        tuned = {} if row == "base" else best_trial(base, regime, row if row in CONFIRMED else ROWS[row].like).tuned
+        return Job(regime, row, seed, tuned, AGAIN_RESULTS / base, noise=FRESH_NOISE, base=base)
+
+    for base in BASES:
+        yield job(base, "plenty", "base", 0)
+    for seed in range(5, 10):
+        for row in confirmed_rows():
+            yield job(*row, seed)
+    for seed in range(5, 8):
+        for regime in TUNED:
+            for row in CONTROLS:
+                yield job("second", regime, row, seed)
+            for base in BASES:
+                yield job(base, regime, "none, safeguarded", seed)
+
+
 def command_line(settings, winners, output, base="first"):
     """`settings` as train_sspo_sd.py's words."""
     files = {"pretrained_model_name_or_path": BASES[base], "train_data_dir": winners, "output_dir": output}
@@ -259,20 +319,22 @@ def command_line(settings, winners, output, base="first"):
 
 def patch(job):
     """
-    Patches the script, in the process of this run: the scorer judges every rival, and the switch of a row with
-    `switch` is decided by that or by a coin, which no flag of the script can do.
+    Patches the script, in the process of this run: the scorer judges every rival, and what a row wants that no flag
+    of the script can do is done: a switch by that verdict or by a coin, a reference for each update, a safeguard.
 
     Returns:
-        notes, filled as the run goes: for each update the share of rivals that are clean (rivals/clean) and of
-        switches that agree with the scorer (switch/right), and `seconds`, which the judging took.
+        notes, filled as the run goes: for each update the share of rivals that are clean (rivals/clean), that of
+        switches that agree with the scorer (switch/right) and, of a safeguarded row, the factor on the rival
+        (safeguard); and `seconds`, which the judging took.
     """
-    notes = {"rivals/clean": [], "switch/right": [], "seconds": 0.0}
+    notes = {"rivals/clean": [], "switch/right": [], "safeguard": [], "seconds": 0.0}
     sample_rivals, sspo_loss = script.sample_rivals, script.sspo_loss
     coin = torch.Generator().manual_seed(job.seed)
-    clean = None
+    clean, parameters = None, []
 
     def judged_rivals(models, *arguments):
         nonlocal clean
+        parameters[:] = [weight for weight in models.denoiser.parameters() if weight.requires_grad]
         latents = sample_rivals(models, *arguments)
         started = time.process_time()
         pictures = [script.decode_latents(models, one) for one in latents.split(1)]
@@ -286,6 +348,11 @@ def patch(job):
         notes["switch/right"].append(((x < 0) == clean).float().mean().item())
         errors = policy_winner, policy_rival, reference_winner, reference_rival
         switch = ROWS[job.row].switch
+        if ROWS[job.row].safeguarded:
+            loss, metrics = sspo_loss(*errors, beta, ssr, weight, *others)
+            held_back, factor = safeguarded(loss, policy_winner, policy_rival, parameters)
+            notes["safeguard"].append(factor)
+            return held_back, metrics
         if switch is None:
             return sspo_loss(*errors, beta, ssr, weight, *others)
         is_winner = clean if switch == "oracle" else torch.rand(len(x), generator=coin) < 0.5
@@ -302,6 +369,31 @@ def patch(job):
     if ROWS[job.row].redrawn:
         script.ReplayBank.draw = drawn_each_update
     return notes
+
+
+def safeguarded(loss, policy_winner, policy_rival, parameters):
+    """
+    The loss with its rivals' part of the gradient held back, so that to first order a step down the whole does not
+    raise what a step down the winners' part lowers (the idea is that of arXiv 2511.03317, there from the output's
+    gradients; here with those of all weights, for the whole batch).
+
+    Returns:
+        the loss, of the same value, and the factor on the rivals' part: 1 where the two parts do not oppose each other.
+    """
+    parts = [
+        (gradient.detach() * errors).sum()
+        for errors, gradient in zip(
+            (policy_winner, policy_rival), torch.autograd.grad(loss, (policy_winner, policy_rival), retain_graph=True)
+        )
+    ]
+    winner, rival = (
+        torch.cat([gradient.flatten() for gradient in torch.autograd.grad(part, parameters, retain_graph=True)])
+        for part in parts
+    )
+    opposed = -winner.dot(rival)
+    factor = min(1.0, (winner.dot(winner) / opposed).item()) if opposed > 0 else 1.0
+    whole = parts[0] + factor * parts[1]
+    return loss.detach() + whole - whole.detach(), factor
 
 
 def train(job, folder):
@@ -326,7 +418,7 @@ def train(job, folder):
     script.train = timed
     script.main(args)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    for name in ("rivals/clean", "switch/right"):
+    for name in ("rivals/clean", "switch/right", "safeguard"):
         for line, value in zip(lines, notes[name]):
             line[name] = value
     latents = sum(expected_calls(args)) * args.max_train_steps
@@ -363,7 +455,7 @@ def heldout_error(pipeline, captions, per_caption=8):
     return (pipeline.unet(noisy, timesteps, embeds).sample - noise).square().mean().item()
 
 
-CURVES = ("dpo_fraction", "implicit_accuracy", "mse", "gap", "rivals", "switch")
+CURVES = ("dpo_fraction", "implicit_accuracy", "mse", "gap", "rivals", "switch", "safeguard")
 
 
 def thinned(lines, points=20):
@@ -377,11 +469,12 @@ def thinned(lines, points=20):
 
 
 def judge_pictures(pipeline, job, first_seed, result):
-    """Draws one noise set; adds what the scorer says to the lists of `result`. Returns the pictures."""
+    """Draws one noise set; adds what the scorers say to the lists of `result`. Returns the pictures."""
     pictures, texts = draw(pipeline, job.captions, job.per_caption, first_seed)
-    verdict = scores(pictures, texts, load_scorer())
-    for name in ("preference", "identity"):
-        result.setdefault(name, []).extend(round(value, 3) for value in verdict[name].tolist())
+    for scorer, told in ((load_scorer(), result), (load_second_scorer(), result.setdefault("second scorer", {}))):
+        verdict = scores(pictures, texts, scorer)
+        for name in ("preference", "identity"):
+            told.setdefault(name, []).extend(round(value, 3) for value in verdict[name].tolist())
     return pictures
 
 
@@ -444,7 +537,7 @@ def run_all(jobs, workers, logs):
     while waiting or running:
         while waiting and len(running) < workers:
             job = waiting.pop(0)
-            log = logs / ("-".join(job.result.with_suffix(".log").parts[-3:]))
+            log = logs / ("-".join(job.result.with_suffix(".log").parts[-4:]))
             process = context.Process(target=in_child, args=(job, log))
             process.start()
             running[process.sentinel] = process, job, log, time.time()
@@ -459,20 +552,20 @@ def run_all(jobs, workers, logs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "second", "later", "pilot", "report"])
+    parser.add_argument("command", choices=["run", "second", "later", "again", "pilot", "report"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES), help="default: all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
     parser.add_argument("--logs", type=Path, default=HERE / "logs", help="where the runs print")
     args = parser.parse_args()
-    commands = {"run": main_jobs, "second": second_jobs, "later": later_jobs, "pilot": pilots, "report": list}
-    jobs = commands[args.command]()
-    jobs = [job for job in jobs if job.row in args.rows and job.regime in args.regimes]
-    failed = run_all(jobs, args.workers, args.logs)
+    commands = {"run": [main_jobs], "second": [second_jobs], "later": [later_jobs], "pilot": [pilots], "report": []}
+    commands["again"] = [first_trials, trials_beyond, confirmation_jobs]
+    for jobs in commands[args.command]:
+        chosen = [job for job in jobs() if job.row in args.rows and job.regime in args.regimes]
+        if failed := run_all(chosen, args.workers, args.logs):
+            sys.exit(f"{failed} runs failed: see {args.logs}")
     if args.command != "pilot":
         report.write(RESULTS, SECOND_RESULTS, PILOTS, {name: row.like for name, row in ROWS.items()})
-    if failed:
-        sys.exit(f"{failed} runs failed: see {args.logs}")
 
 
 if __name__ == "__main__":
