@@ -12,11 +12,13 @@ from conftest import ROOT
 STUDY = ROOT / "examples" / "study"
 sys.path.insert(0, str(STUDY))
 
+import gradients  # noqa: E402
 import report  # noqa: E402
+import second_scorer  # noqa: E402
 import study  # noqa: E402
 
 
-RESULTS, SECOND_RESULTS = report.read_results(study.RESULTS), report.read_results(study.SECOND_RESULTS)
+RESULTS, SECOND_RESULTS, AGAIN = report.read_all(STUDY)
 
 
 def test_every_run_of_the_plan_has_flags_that_the_script_takes():
@@ -86,10 +88,16 @@ def test_committed_scores_are_those_of_the_base_that_is_shipped(base, results):
     """The first caption's pictures, drawn and judged again; another processor rounds a little otherwise."""
     (committed,) = results["plenty", "base"].values()
     job = study.Job("plenty", "base", 0, {}, captions=tuple(study.TEST[:1]), base=base)
-    again = {}
-    study.judge_pictures(study.load_pipeline(study.BASES[base], "cpu"), job, job.noise[0], again)
-    for name, values in again.items():
-        assert values == pytest.approx(committed[name][: job.per_caption], abs=0.02)
+    (by_both,) = AGAIN[base]["plenty", "base"].values()
+    pipeline = study.load_pipeline(study.BASES[base], "cpu")
+    for noise, before in ((job.noise[0], committed), (study.FRESH_NOISE[0], by_both)):
+        again = {}
+        study.judge_pictures(pipeline, job, noise, again)
+        scorers = [(again, before)]
+        scorers += [(again["second scorer"], before["second scorer"])] if before is by_both else []
+        for told, told_before in scorers:
+            for name in ("preference", "identity"):
+                assert told[name] == pytest.approx(told_before[name][: job.per_caption], abs=0.02)
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capfd):
@@ -167,6 +175,64 @@ def test_ages_are_those_of_the_references_that_were_drawn():
         assert f"| none | {age} | {len(middles)} | {np.mean(middles):.2f} |" in table
 
 
+def test_the_confirmation_is_fresh_and_tuned_alike():
+    before = [*study.main_jobs(), *study.second_jobs(), *study.later_jobs(), *study.pilots(), *study.first_trials()]
+    jobs = [job for job in study.confirmation_jobs() if job.row != "base"]
+    assert not {job.seed for job in jobs} & {job.seed for job in before}
+    assert not {noise for job in jobs for noise in job.noise} & {noise for job in before for noise in job.noise}
+    assert all(job.captions == tuple(study.TEST) for job in jobs)
+    for base, regime, row in study.confirmed_rows():
+        best = study.best_trial(base, regime, row).tuned["learning_rate"]
+        assert best not in study.BEYOND or study.trial(base, regime, row, study.BEYOND[best]).result.exists()
+    check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == "first"}, AGAIN["first"])
+    check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == "second"}, AGAIN["second"])
+
+
+def test_the_second_scorer_knows_a_clean_picture_of_the_right_emoji_when_it_sees_one():
+    for shown, told in second_scorer.test(per_caption=3).items():
+        assert told["emoji"] > 0.95 and told["clean or degraded"] > 0.95, shown
+
+
+def test_the_safeguard_keeps_the_winners_part_from_rising():
+    """Two weights, errors linear in them: the gradients of both parts are known."""
+
+    def held_back(winner_slope, rival_slope):
+        weights = torch.tensor([0.5, -0.2], requires_grad=True)
+        policy_winner, policy_rival = (slope * weights for slope in (winner_slope, rival_slope))
+        policy_winner, policy_rival = policy_winner.sum(-1, keepdim=True), policy_rival.sum(-1, keepdim=True)
+        zero = torch.zeros_like(policy_winner)
+        loss, _ = study.script.sspo_loss(policy_winner, policy_rival, zero, zero, 1.0, "none")
+        new, factor = study.safeguarded(loss, policy_winner, policy_rival, [weights])
+        assert new.item() == pytest.approx(loss.item())
+        (plain,), (gradient,) = (
+            torch.autograd.grad(loss, weights, retain_graph=True),
+            torch.autograd.grad(new, weights),
+        )
+        pull = torch.sigmoid((policy_winner - policy_rival) / 2).detach() / 2 / len(winner_slope)
+        winner, rival = (pull * winner_slope).sum(0), -(pull * rival_slope).sum(0)
+        torch.testing.assert_close(plain, winner + rival)
+        torch.testing.assert_close(gradient, winner + factor * rival)
+        return factor, winner @ gradient
+
+    opposed = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[4.0, 1.0], [3.0, 0.0]])
+    factor, lowered = held_back(*opposed)
+    assert 0 < factor < 1 and lowered.item() == pytest.approx(0, abs=1e-6)
+    factor, lowered = held_back(opposed[0], -opposed[1])
+    assert factor == 1 and lowered > 0
+    factor, lowered = held_back(opposed[0], 0.1 * opposed[1])
+    assert factor == 1 and lowered > 0, "opposed, but too weak to raise it"
+
+
+def test_noise_of_a_gradient_is_that_of_its_pairs_and_of_its_draws():
+    rng = torch.Generator().manual_seed(0)
+    signal = torch.full((50,), 0.3)  # squared norm 4.5; the noise of pairs has 50 * 0.25, that of draws 50 * 0.64
+    of_pairs = 0.5 * torch.randn((4000, 1, 50), generator=rng)
+    of_draws = 0.8 * torch.randn((4000, 2, 50), generator=rng)
+    noise = gradients.noise_to_signal(signal + of_pairs + of_draws)
+    assert noise["fixed pairs"] == pytest.approx(32 / 4.5, rel=0.03)
+    assert noise["all"] == pytest.approx((32 + 12.5) / 4.5, rel=0.03)
+
+
 def result(preference, seed=0):
     """A result of three captions, two noise sets and two pictures of each."""
     preference = np.asarray(preference, float).ravel().tolist()
@@ -197,5 +263,4 @@ def test_interval_has_the_variance_of_seeds_and_of_captions():
 
 def test_the_page_says_what_the_results_say():
     page = (STUDY / "README.md").read_text()
-    parents = {name: row.like for name, row in study.ROWS.items()}
-    assert page == report.fill_in(page, report.tables(RESULTS, SECOND_RESULTS, study.PILOTS, parents))
+    assert page == report.fill_in(page, report.tables(STUDY, {name: row.like for name, row in study.ROWS.items()}))

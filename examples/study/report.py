@@ -18,6 +18,9 @@ HERE = Path(__file__).resolve().parent
 REGIMES, WINNERS = ("plenty", "few"), {"plenty": 560, "few": 28}
 MAIN = ("base", "sft", "sft matched", "sign", "indicator", "none", "none, rival 0.3")
 DRAWS = ("4 draws", "sft, 500 updates")  # of equal time
+BASES = ("first", "second")
+SFT_OF_ITS_TIME = {**dict.fromkeys(MAIN[3:], "sft matched"), "4 draws": "sft, 500 updates"}
+SFT_OF_ITS_TIME["none, safeguarded"] = "sft matched"
 COLOURS = dict(zip(MAIN, ("#777777", "#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#2ca02c", "#9467bd")))
 
 
@@ -39,6 +42,12 @@ def read_results(folder):
     return results
 
 
+def read_all(folder):
+    """The results of both bases, as the plan's first sections had them, and {base: results} of the confirmation."""
+    again = {base: read_results(folder / "results_again" / base) for base in BASES}
+    return read_results(folder / "results"), read_results(folder / "results_second"), again
+
+
 def samples(result, name="score"):
     """A result's numbers as (captions, pictures of a caption), those of all noise sets side by side."""
     preference, identity = np.array(result["preference"]), np.array(result["identity"])
@@ -52,6 +61,11 @@ def half_way(runs):
     return {
         seed: run | run["half way"] | {"noise": run["noise"][:1]} for seed, run in runs.items() if "half way" in run
     }
+
+
+def by_second(runs):
+    """The runs as the second scorer judged them."""
+    return {seed: run | run["second scorer"] for seed, run in runs.items()}
 
 
 def mean(runs, name="score"):
@@ -205,6 +219,85 @@ def pilots_table(folder):
     return table(["regime", "row", "", "", "", ""], lines)
 
 
+def confirmation_table(results, regime):
+    """What ran again on fresh seeds, by both scorers; each against SFT of its time."""
+    head = ["row", "seeds", "rate", "score ± sd", "by the second scorer", "− SFT of its time", "by the second scorer"]
+    head += ["win rate over it", "preference", "identity", "held-out error", "core seconds"]
+    lines = []
+    for row in ("base", "sft matched", "sft, 500 updates", *SFT_OF_ITS_TIME):
+        runs = results.get(("plenty" if row == "base" else regime, row))
+        if not runs:
+            continue
+        second = by_second(runs)
+        line = [row, str(len(runs)), "" if row == "base" else f"{learning_rate(runs):g}"]
+        line += [number(mean(of)) + (f" ± {spread(of):.3f}" if len(of) > 1 else "") for of in (runs, second)]
+        sft = results.get((regime, SFT_OF_ITS_TIME.get(row)), {})
+        line += [interval(compare(runs, sft)), interval(compare(second, by_second(sft)))]
+        line += [interval(compare(runs, sft), "win_rate")]
+        line += [number(mean(runs, "preference")), number(mean(runs, "identity"))]
+        line.append(number(np.mean([run["error"] for run in runs.values()]), 4))
+        line.append("" if row == "base" else number(np.median([run["seconds"] for run in runs.values()]), 0))
+        lines.append(line)
+    return table(head, lines)
+
+
+def learning_rate(runs):
+    (rate,) = {run["settings"]["learning_rate"] for run in runs.values()}
+    return rate
+
+
+def changes_table(bases, parents):
+    """The confirmation's rows against the row that each changes; `bases` are the results of each base."""
+    pairs = [(row, parent) for row, parent in parents.items() if parent not in (None, "sft matched")]
+    pairs.append(("none, safeguarded", "none, rival 0.3"))
+    head = ["base", "regime", "row", "against", "seeds", "score", "against's", "difference", "by the second scorer"]
+    head += ["rivals that are clean", "switch agrees with the scorer"]
+    lines = []
+    for base, results in bases.items():
+        for regime in REGIMES:
+            for row, parent in pairs:
+                runs, others = (results.get((regime, name), {}) for name in (row, parent))
+                compared = compare(runs, others)
+                if compared is None:
+                    continue
+                others = {seed: run for seed, run in others.items() if seed in runs}
+                line = [base, regime, row, parent, str(compared["seeds"]), number(mean(runs)), number(mean(others))]
+                line += [interval(compared), interval(compare(by_second(runs), by_second(others)))]
+                lines.append([*line, *(number(curve(runs, name), 2) for name in ("rivals/clean", "switch/right"))])
+    return table(head, lines)
+
+
+def rates_table(folder):
+    """The confirmation's tuning: every trial, the best in bold."""
+    trials = {}
+    for path in sorted(Path(folder).glob("*/*/*/*.json")):
+        result, base = json.loads(path.read_text()), path.parts[-4]
+        scores = trials.setdefault((base, result["regime"], result["row"]), {})
+        scores[result["settings"]["learning_rate"]] = float(samples(result).mean())
+    rates = sorted({rate for scores in trials.values() for rate in scores})
+    lines = []
+    for (base, regime, row), scores in sorted(
+        trials.items(), key=lambda item: (item[0][0], item[0][1] != "plenty", ("sft" not in item[0][2], item[0][2]))
+    ):
+        shown = [number(scores.get(rate)) for rate in rates]
+        best = rates.index(max(scores, key=scores.get))
+        shown[best] = f"**{shown[best]}**"
+        lines.append([base, regime, row, *shown])
+    return table(["base", "regime", "row", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def gradients_table(path):
+    """The noise of the gradient against the draws."""
+    told = json.loads(Path(path).read_text())
+    head = ["regime", "loss", "draws", "noise over draws, pairs fixed", "over pairs and draws"]
+    lines = [
+        [regime, *name.split(", "), number(noise["fixed pairs"], 1), number(noise["all"], 1)]
+        for regime, measured in told.items()
+        for name, noise in measured.items()
+    ]
+    return table(head, lines)
+
+
 def draws_table(bases):
     """Four draws a pair against SFT of their time; `bases` are the results of each."""
     lines = []
@@ -243,9 +336,15 @@ def ages_table(results, rows=("sign", "indicator", "none", "none, rival 0.3")):
     return table([*head, "rivals that are clean", "switch agrees with the scorer"], lines)
 
 
-def tables(results, second, pilots, parents):
+def tables(folder, parents):
     """{marker: text} of all that README.md shows between markers. `parents` has all rows, see scores_table."""
-    told = {"pilots": pilots_table(pilots), "draws": draws_table({"first": results, "second": second})}
+    results, second, again = read_all(folder)
+    told = {"pilots": pilots_table(folder / "pilots"), "draws": draws_table({"first": results, "second": second})}
+    told |= {"rates": rates_table(folder / "pilots_again"), "gradients": gradients_table(folder / "gradients.json")}
+    told["changes"] = changes_table(again, parents)
+    for base in BASES:
+        for regime in REGIMES:
+            told[f"again {base} {regime}"] = confirmation_table(again[base], regime)
     told["main long"] = scores_table(results, "long", dict.fromkeys(MAIN))
     told["ages"] = ages_table(results)
     for regime in REGIMES:
@@ -289,6 +388,31 @@ def plot_scores(results, rows):
         axis.set_yticks(range(len(shown)), list(reversed(shown)))
         axis.set_xlabel("score on test captions")
         axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def plot_confirmation(bases):
+    """What each row has over SFT of its time, on each base and in each regime, by both scorers."""
+    rows = [row for row in SFT_OF_ITS_TIME if any((regime, row) in of for of in bases.values() for regime in REGIMES)]
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), sharex=True, sharey=True)
+    places = [(base, regime) for base in bases for regime in REGIMES]
+    for axis, (base, regime) in zip(axes, places):
+        for place, row in enumerate(reversed(rows)):
+            runs, sft = (bases[base].get((regime, name), {}) for name in (row, SFT_OF_ITS_TIME[row]))
+            for shift, marker, judged in ((0.13, "o", lambda of: of), (-0.13, "s", by_second)):
+                compared = compare(judged(runs), judged(sft))
+                if compared is None:
+                    continue
+                middle, low, high = compared["difference"]
+                error = [[middle - low], [high - middle]]
+                colour = COLOURS.get(row, "#444444")
+                axis.errorbar(middle, place + shift, None, error, fmt=marker, color=colour, capsize=3, markersize=5)
+        axis.axvline(0, color="#888888", linewidth=1)
+        axis.set_yticks(range(len(rows)), list(reversed(rows)))
+        axis.set_title(f"{base} base, {WINNERS[regime]} winners", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("score − score of SFT of the same time (round: first scorer, square: second)", fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -363,16 +487,18 @@ def picture_sheet(folder, left=130, top=22):
     return canvas.quantize(128)
 
 
-def write(results_folder, second_folder, pilots_folder, parents):
-    results, second = read_results(results_folder), read_results(second_folder)
-    readme = HERE / "README.md"
-    readme.write_text(fill_in(readme.read_text(), tables(results, second, pilots_folder, parents)))
+def write(folder, parents):
+    """README.md's tables and the plots, from the results in `folder`."""
+    results, second, again = read_all(folder)
+    readme = folder / "README.md"
+    readme.write_text(fill_in(readme.read_text(), tables(folder, parents)))
     for name, figure in {
         "scores": plot_scores(results, parents),
         "scores_second": plot_scores(second, [*MAIN, *DRAWS]),
+        "confirmation": plot_confirmation(again),
         "cost": plot_cost(results),
         "curves": plot_curves(results),
     }.items():
-        figure.savefig(HERE / f"{name}.png", dpi=80, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    picture_sheet(Path(results_folder)).save(HERE / "pictures.png", optimize=True)
+    picture_sheet(folder / "results").save(folder / "pictures.png", optimize=True)

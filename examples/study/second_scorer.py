@@ -1,8 +1,8 @@
 """A second scorer of emoji pictures, as unlike examples/emoji/scorer.py as it can be made from the same glyphs.
 
 That one is a small CNN which learned clean against degraded. This one is a vision transformer which learned what was
-done to a picture (nothing, or which of the degradations), from renders of other seeds, half of them as the first base's
-autoencoder gives them back. P(clean) is P(nothing was done). The loop of training never sees it.
+done to a picture (nothing, or which of the degradations), from renders of other seeds, half of them as the first
+base's autoencoder gives them back. P(clean) is P(nothing was done).
 
     python second_scorer.py train   # train the shipped weights again
     python second_scorer.py test    # accuracy on fresh renders, and how often both scorers agree

@@ -142,6 +142,8 @@ ROWS = {
     "2 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 2}, like="none, rival 0.3"),
     "8 draws": Row(4, {"ssr": "none", "rival_weight": 0.3, "draws_per_pair": 8}, like="none, rival 0.3"),
     "reference drawn each update": Row(4, {"ssr": "none", "rival_weight": 0.3}, like="none, rival 0.3", redrawn=True),
+    "none, reference latest": Row(4, {"ssr": "none", "reference": "latest"}, like="none"),  # as SPIN-Diffusion
+    "none, reference initial": Row(4, {"ssr": "none", "reference": "initial"}, like="none"),  # as DITTO
     "none, safeguarded": Row(4, {"ssr": "none"}, like="none", safeguarded=True),
 }
 SFT_GRID = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 6e-3, 12e-3)]
@@ -302,7 +304,8 @@ def confirmation_jobs():
             for row in CONTROLS:
                 yield job("second", regime, row, seed)
             for base in BASES:
-                yield job(base, regime, "none, safeguarded", seed)
+                for row in ("none, safeguarded", "none, reference latest", "none, reference initial"):
+                    yield job(base, regime, row, seed)
 
 
 def command_line(settings, winners, output, base="first"):
@@ -378,7 +381,7 @@ def safeguarded(loss, policy_winner, policy_rival, parameters):
     gradients; here with those of all weights, for the whole batch).
 
     Returns:
-        the loss, of the same value, and the factor on the rivals' part: 1 where the two parts do not oppose each other.
+        the loss, of the same value, and the factor on the rivals' part: 1 where the parts do not oppose each other.
     """
     parts = [
         (gradient.detach() * errors).sum()
@@ -565,7 +568,7 @@ def main():
         if failed := run_all(chosen, args.workers, args.logs):
             sys.exit(f"{failed} runs failed: see {args.logs}")
     if args.command != "pilot":
-        report.write(RESULTS, SECOND_RESULTS, PILOTS, {name: row.like for name, row in ROWS.items()})
+        report.write(HERE, {name: row.like for name, row in ROWS.items()})
 
 
 if __name__ == "__main__":
