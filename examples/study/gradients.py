@@ -72,7 +72,7 @@ class Measured(Exception):
 
 def half_way(regime):
     """Trains for UPDATES updates, then measures. Returns what `measure` does."""
-    tuned = study.best_trial("first", regime, "none, rival 0.3").tuned
+    tuned = study.best_trial("first", regime, "none, rival 0.3")
     job = study.Job(regime, "none, rival 0.3", 5, tuned)
     told, steps, update = {}, 0, script.update
 

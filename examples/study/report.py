@@ -273,14 +273,14 @@ def rates_table(folder):
     for path in sorted(Path(folder).glob("*/*/*/*.json")):
         result, base = json.loads(path.read_text()), path.parts[-4]
         scores = trials.setdefault((base, result["regime"], result["row"]), {})
-        scores[result["settings"]["learning_rate"]] = float(samples(result).mean())
+        scores.setdefault(result["settings"]["learning_rate"], []).append(float(samples(result).mean()))
     rates = sorted({rate for scores in trials.values() for rate in scores})
     lines = []
     for (base, regime, row), scores in sorted(
         trials.items(), key=lambda item: (item[0][0], item[0][1] != "plenty", ("sft" not in item[0][2], item[0][2]))
     ):
-        shown = [number(scores.get(rate)) for rate in rates]
-        best = rates.index(max(scores, key=scores.get))
+        shown = [", ".join(map(number, scores.get(rate, []))) for rate in rates]
+        best = rates.index(max(scores, key=lambda rate: (len(scores[rate]), np.mean(scores[rate]))))
         shown[best] = f"**{shown[best]}**"
         lines.append([base, regime, row, *shown])
     return table(["base", "regime", "row", *(f"{rate:g}" for rate in rates)], lines)
