@@ -167,6 +167,7 @@ class Job:
     noise: tuple = (10_000, 20_000)
     per_caption: int = 6
     base: str = "first"
+    half_way: bool = True  # whether the checkpoint in the middle is judged too
 
     @property
     def result(self):
@@ -264,7 +265,7 @@ FRESH_NOISE = (40_000, 50_000)
 def trial(base, regime, row, rate, seed=101):
     tuned = {"learning_rate": rate} | ({} if "sft" in row else {"rollout_guidance_scale": 1.0})
     folder = AGAIN_PILOTS / base / f"{rate:g}"
-    return Job(regime, row, seed, tuned, folder, tuple(SELECTION), (30_000,), 16, base)
+    return Job(regime, row, seed, tuned, folder, tuple(SELECTION), (30_000,), 16, base, half_way=False)
 
 
 def trial_scores(base, regime, row, seed=101):
@@ -306,7 +307,7 @@ def confirmation_jobs():
 
     def job(base, regime, row, seed):
         tuned = {} if row == "base" else best_trial(base, regime, row if row in CONFIRMED else ROWS[row].like)
-        return Job(regime, row, seed, tuned, AGAIN_RESULTS / base, noise=FRESH_NOISE, base=base)
+        return Job(regime, row, seed, tuned, AGAIN_RESULTS / base, noise=FRESH_NOISE, base=base, half_way=False)
 
     for base in BASES:
         yield job(base, "plenty", "base", 0)
@@ -510,8 +511,10 @@ def run(job):
         else:
             result["settings"] = job.settings()
             result |= train(job, folder)
-            half_way = folder / "run" / f"checkpoint-{result['settings']['checkpointing_steps']}"
-            judge_pictures(load_aligned(base, half_way, "cpu"), job, job.noise[0], result.setdefault("half way", {}))
+            if job.half_way:
+                checkpoint = folder / "run" / f"checkpoint-{result['settings']['checkpointing_steps']}"
+                pipeline = load_aligned(base, checkpoint, "cpu")
+                judge_pictures(pipeline, job, job.noise[0], result.setdefault("half way", {}))
             pipeline = load_aligned(base, folder / "run", "cpu")
     job.result.parent.mkdir(parents=True, exist_ok=True)
     result["error"] = round(heldout_error(pipeline, job.captions), 5)
