@@ -35,6 +35,9 @@ study: $(VENV)/installed
 	$(BIN)/python examples/study/study.py run
 	$(BIN)/python examples/study/study.py second
 	$(BIN)/python examples/study/study.py later
+	$(BIN)/python examples/study/study.py again
+	test -e examples/study/gradients.json || $(BIN)/python examples/study/gradients.py
+	$(BIN)/python examples/study/study.py report
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
