@@ -177,7 +177,9 @@ def test_ages_are_those_of_the_references_that_were_drawn():
 
 def test_the_confirmation_is_fresh_and_tuned_alike():
     before = [*study.main_jobs(), *study.second_jobs(), *study.later_jobs(), *study.pilots(), *study.first_trials()]
-    jobs = [job for job in study.confirmation_jobs() if job.row != "base"]
+    every = list(study.confirmation_jobs())
+    assert all(job.result.exists() for job in every), "the page says that all of the plan has run"
+    jobs = [job for job in every if job.row != "base"]
     assert not {job.seed for job in jobs} & {job.seed for job in before}
     assert not {noise for job in jobs for noise in job.noise} & {noise for job in before for noise in job.noise}
     assert all(job.captions == tuple(study.TEST) for job in jobs)
@@ -186,8 +188,8 @@ def test_the_confirmation_is_fresh_and_tuned_alike():
         best = max(first, key=first.get)
         assert set(first) >= set(study.RATES) and (best not in study.BEYOND or study.BEYOND[best] in first)
     assert all(job.result.exists() for job in study.second_trials())
-    check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == "first"}, AGAIN["first"])
-    check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == "second"}, AGAIN["second"])
+    for base, results in AGAIN.items():
+        check_results({(job.regime, job.row, job.seed): job for job in every if job.base == base}, results)
 
 
 def test_the_second_scorer_knows_a_clean_picture_of_the_right_emoji_when_it_sees_one():

@@ -352,7 +352,8 @@ def patch(job):
 
     def judged_rivals(models, *arguments):
         nonlocal clean
-        parameters[:] = [weight for weight in models.denoiser.parameters() if weight.requires_grad]
+        if ROWS[job.row].safeguarded:
+            parameters[:] = [weight for weight in models.denoiser.parameters() if weight.requires_grad]
         latents = sample_rivals(models, *arguments)
         started = time.process_time()
         pictures = [script.decode_latents(models, one) for one in latents.split(1)]
