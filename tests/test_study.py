@@ -188,6 +188,10 @@ def test_the_confirmation_is_fresh_and_tuned_alike():
         best = max(first, key=first.get)
         assert set(first) >= set(study.RATES) and (best not in study.BEYOND or study.BEYOND[best] in first)
     assert all(job.result.exists() for job in study.second_trials())
+    two = [study.trial_scores("first", "plenty", "sft matched", seed) for seed in (101, 102)]
+    assert max(two[0], key=two[0].get) == 6e-3 and study.best_trial("first", "plenty", "sft matched") == {
+        "learning_rate": max(two[1], key=lambda rate: two[0][rate] + two[1][rate])
+    }, "two trials have the word, not the first"
     for base, results in AGAIN.items():
         check_results({(job.regime, job.row, job.seed): job for job in every if job.base == base}, results)
 

@@ -470,13 +470,13 @@ def plot_curves(results):
     return figure
 
 
-def picture_sheet(folder, left=130, top=22):
-    """Each main row's first pictures of seed 0, by the same noise: the strips that the runs left."""
-    strips = []
-    for regime in (*REGIMES, "long"):
-        for row in MAIN:
-            path = folder / regime / f"{file_name(row)}-0.png"
-            strips += [("base" if row == "base" else f"{regime}: {row}", path)] if path.exists() else []
+def picture_sheet(folder, rows, seed, regimes, left=150, top=22):
+    """The rows' first pictures of one training seed, by the same noise: the strips that the runs left."""
+    strips = [("base", folder / "plenty" / "base-0.png")]
+    strips += [
+        (f"{regime}: {row}", folder / regime / f"{file_name(row)}-{seed}.png") for regime in regimes for row in rows
+    ]
+    strips = [(name, path) for name, path in strips if path.exists()]
     pictures = [(name, Image.open(path).convert("RGB")) for name, path in strips]
     width, height = pictures[0][1].size
     canvas = Image.new("RGB", (left + width, len(pictures) * (height + 2)), "white")
@@ -501,4 +501,9 @@ def write(folder, parents):
     }.items():
         figure.savefig(folder / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    picture_sheet(folder / "results").save(folder / "pictures.png", optimize=True)
+    sheets = {"pictures": (folder / "results", MAIN[1:], 0, (*REGIMES, "long"))}
+    confirmed = ("sft matched", "sft, 500 updates", *MAIN[3:], "4 draws")
+    sheets |= {f"pictures_{base}": (folder / "results_again" / base, confirmed, 5, REGIMES) for base in BASES}
+    for name, sheet in sheets.items():
+        if any(sheet[0].glob("*/*.png")):  # the confirmation runs last
+            picture_sheet(*sheet).save(folder / f"{name}.png", optimize=True)

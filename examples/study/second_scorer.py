@@ -90,17 +90,18 @@ def through_autoencoder(pictures):
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
 
 
-def train(args):
-    torch.manual_seed(args.seed)
-    pictures, captions, kinds = labelled_set(args.per_caption, SEEDS)
+def train(per_caption=250, steps=3000, batch_size=64, rate=1e-3, seed=1):
+    """Trains and writes WEIGHTS. Returns what `test` says of them."""
+    torch.manual_seed(seed)
+    pictures, captions, kinds = labelled_set(per_caption, SEEDS)
     pictures = to_tensor(pictures)
     decoded = through_autoencoder(pictures).clamp(-1, 1)
-    scorer, rng = SecondScorer(), torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
-    for step in range(args.steps):
-        chosen = torch.randint(len(captions), (args.batch_size,), generator=rng)
-        as_decoded = torch.rand((args.batch_size, 1, 1, 1), generator=rng) < 0.5
+    scorer, rng = SecondScorer(), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for step in range(steps):
+        chosen = torch.randint(len(captions), (batch_size,), generator=rng)
+        as_decoded = torch.rand((batch_size, 1, 1, 1), generator=rng) < 0.5
         seen = disturb(torch.where(as_decoded, decoded[chosen], pictures[chosen]), rng)
         emoji, kind = scorer.logits(seen)
         loss = F.cross_entropy(emoji, captions[chosen]) + F.cross_entropy(kind, kinds[chosen], label_smoothing=0.02)
@@ -111,7 +112,8 @@ def train(args):
         schedule.step()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: {loss.item():.3f}", flush=True)
-    save_file({name: value.half() for name, value in scorer.state_dict().items()}, args.output)
+    save_file({name: value.half() for name, value in scorer.state_dict().items()}, WEIGHTS)
+    return test()
 
 
 def test(per_caption=25):
@@ -131,20 +133,9 @@ def test(per_caption=25):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train the scorer")
-    command.add_argument("--output", default=str(WEIGHTS))
-    command.add_argument("--per_caption", type=int, default=250)
-    command.add_argument("--steps", type=int, default=3000)
-    command.add_argument("--batch_size", type=int, default=64)
-    command.add_argument("--lr", type=float, default=1e-3)
-    command.add_argument("--seed", type=int, default=1)
-    command.set_defaults(run=train)
-    command = commands.add_parser("test", help="print the shipped scorer's accuracy on fresh renders")
-    command.set_defaults(run=lambda args: print(json.dumps(test())))
-    args = parser.parse_args()
-    args.run(args)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["train", "test"])
+    print(json.dumps({"train": train, "test": test}[parser.parse_args().command]()))
 
 
 if __name__ == "__main__":

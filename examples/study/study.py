@@ -256,6 +256,7 @@ def pilots():
 # The confirmation: what it compares, and the rates that every row tries. Where the best of the three is the lowest or
 # the highest, the next one beyond it is tried too.
 CONFIRMED = ("sft matched", "sft, 500 updates", "sign", "indicator", "none", "none, rival 0.3", "4 draws")
+PICTURED = ("base", "sft", *CONFIRMED)
 CONTROLS = ("winner only", "sign by coin", "sign by oracle", "indicator by oracle")
 CONTROLS += ("sign, scope iteration", "indicator, scope iteration")  # on the second base; the first one has had them
 RATES, BEYOND = (1e-3, 3e-3, 6e-3), {1e-3: 3e-4, 6e-3: 12e-3}
@@ -522,7 +523,7 @@ def run(job):
     result |= {"captions": job.captions, "per_caption": job.per_caption, "noise": job.noise}
     for first_seed in job.noise:
         pictures = judge_pictures(pipeline, job, first_seed, result)
-        if ROWS[job.row].tier == 1 and job.seed == 0 and first_seed == job.noise[0]:
+        if job.row in PICTURED and job.seed in (0, 5) and first_seed == job.noise[0]:  # each part's first seed
             strip(pictures[:: job.per_caption]).save(job.result.with_suffix(".png"), optimize=True)
     result["wall"] = round(time.time() - started, 1)
     partial = job.result.with_suffix(".partial")
@@ -581,12 +582,17 @@ def main():
     args = parser.parse_args()
     commands = {"run": [main_jobs], "second": [second_jobs], "later": [later_jobs], "pilot": [pilots], "report": []}
     commands["again"] = [first_trials, trials_beyond, second_trials, confirmation_jobs]
+    failed = 0
     for jobs in commands[args.command]:
-        chosen = [job for job in jobs() if job.row in args.rows and job.regime in args.regimes]
+        chosen = list(jobs())
+        if jobs not in (first_trials, trials_beyond, second_trials):  # what a row is tuned by has all of its rates
+            chosen = [job for job in chosen if job.row in args.rows and job.regime in args.regimes]
         if failed := run_all(chosen, args.workers, args.logs):
-            sys.exit(f"{failed} runs failed: see {args.logs}")
+            break
     if args.command != "pilot":
         report.write(HERE, {name: row.like for name, row in ROWS.items()})
+    if failed:
+        sys.exit(f"{failed} runs failed: see {args.logs}")
 
 
 if __name__ == "__main__":
