@@ -821,8 +821,8 @@ def check_attention(args, heads):
     rows = clips * (height // 8) * (width // 8) * (heads if args.enable_xformers_memory_efficient_attention else 1)
     if rows > ATTENTION_ROWS:
         raise UserError(
-            f"{clips} clips of {height} x {width} at once are {rows} rows of attention in the motion modules, CUDA takes "
-            f"{ATTENTION_ROWS}: lower --train_batch_size or --rollout_batch_size, or use fewer pixels"
+            f"{clips} clips of {height} x {width} at once are {rows} rows of attention in motion modules, and CUDA "
+            f"takes {ATTENTION_ROWS}: lower --train_batch_size or --rollout_batch_size, or use fewer pixels"
             + (", or drop xformers" if args.enable_xformers_memory_efficient_attention else "")
         )
 
