@@ -96,24 +96,6 @@ def test_nothing_is_in_training_mode(each, monkeypatch):
     assert not any(module.training for module in kept[0].denoiser.modules())
 
 
-def test_dropped_caption_is_dropped_for_both_halves(each, monkeypatch):
-    """Where a caption is dropped, rival, reference and policy see what guidance runs without."""
-    seen, predict = [], each.script.predict
-    monkeypatch.setattr(each.script, "predict", lambda *a: seen.append(a[3]) or predict(*a))
-    each(proportion_empty_prompts=0.5, max_train_steps=8, rollout_steps=1, rollout_guidance_scale=3)
-    assert len(seen) == 3 * 8
-    dropped = []
-    for rollout, reference, policy in zip(seen[0::3], seen[1::3], seen[2::3]):
-        for name, value in rollout.items():
-            assert torch.equal(reference[name], torch.cat([value.chunk(2)[1]] * 2))
-            assert torch.equal(policy[name], reference[name])
-        words = [value.chunk(2) for name, value in rollout.items() if name.endswith("prompt_embeds")]
-        gone = [[torch.equal(caption, empty[0]) for caption in captions] for empty, captions in words]
-        assert all(each_tensor == gone[0] for each_tensor in gone), "all embeddings of a caption are dropped, or none"
-        dropped += gone[0]
-    assert 2 < sum(dropped) < 14
-
-
 # Guidance
 
 
@@ -207,8 +189,9 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize("kind, parts", [("sd", 0), ("sd", 1), ("sd", 2), ("sdxl", 0), ("video", 0)])
+@pytest.mark.parametrize("kind, parts", [("sd", 0), ("sd", 1), ("sd", 2), ("video", 0)])
 def test_layout_of_the_batch_does_not_matter(trains, kind, parts):
+    """Nor to SDXL, with pictures of several shapes: see there."""
     train = trains[kind]
     assert_same_but_for_rounding(
         train("whole", train_batch_size=4, **LAYOUT), train("parts", **PARTS[parts], **LAYOUT)
