@@ -172,7 +172,7 @@ def test_the_five_steps_are_numbered_alike_wherever_they_are(script):
 
 def test_the_line_that_decides_the_switch_says_so(script):
     lines = script.text(script.definitions["sspo_loss"])[0].splitlines()
-    (decides,) = [i for i, line in enumerate(lines) if line.strip().startswith("s = ")]
+    decides = next(i for i, line in enumerate(lines) if line.strip().startswith("s = "))
     above = [line for line in lines[decides - 6 : decides] if line.strip().startswith("#")]
     assert "switch" in above[-1]
 
