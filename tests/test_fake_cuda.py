@@ -39,7 +39,7 @@ def gpu(tmp_path_factory):
     del environment["ACCELERATE_USE_CPU"]
     command = [sys.executable, "-m", "fake_cuda.run"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with open(folder / "log", "w+") as log:
+    with open(folder / "log", "a") as log:
         process = subprocess.Popen(command, cwd=ROOT / "tests", env=environment, stderr=log, **pipes)
 
         def run(script, argv, fault=None):
@@ -47,6 +47,7 @@ def gpu(tmp_path_factory):
             print(json.dumps(dict(script=str(script), argv=argv, fault=fault)), file=process.stdin, flush=True)
             reply = process.stdout.readline()
             print((folder / "log").read_text(errors="replace")[-4000:])  # pytest shows it if the test fails
+            assert reply, "the process that runs scripts has ended"
             return json.loads(reply)
 
         yield run
@@ -60,11 +61,11 @@ def train(gpu, request, tmp_path):
 
     def train(kind="sd", name="run", fault=None, **options):
         model = request.getfixturevalue("motion" if kind == "video" else kind)
-        data = request.getfixturevalue("clips" if kind == "video" else "winners")
+        data = "pairs" if options.get("rivals") == "given" else "clips" if kind == "video" else "winners"
         if kind == "video":
             model, adapter = model
             options |= dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
-        argv = flags(model, data, tmp_path / name, **{**THREE_UPDATES, **options})
+        argv = flags(model, request.getfixturevalue(data), tmp_path / name, **{**THREE_UPDATES, **options})
         return gpu(ROOT / f"train_sspo_{kind}.py", argv, fault), Run(tmp_path / name)
 
     return train
@@ -91,6 +92,8 @@ STREAMED = dict(
 ROWS = {f"{kind}-{mode}": (kind, dict(CACHED, train_mode=mode)) for kind in SCRIPTS for mode in ("lora", "full")}
 ROWS |= {f"{kind}-streamed": (kind, STREAMED) for kind in SCRIPTS}
 ROWS["sdxl-sft"] = ("sdxl", dict(CACHED, loss_type="sft", train_mode="full", optimizer="adafactor"))
+ROWS["sdxl-given-rivals"] = ("sdxl", dict(rivals="given", cache_latents=True, mixed_precision="fp16"))
+ROWS["sd-kept-rivals"] = ("sd", dict(rivals_per_winner=1, cache_latents=True, mixed_precision="fp16", unpaired=True))
 
 
 @pytest.mark.parametrize("kind, options", ROWS.values(), ids=ROWS)
@@ -106,7 +109,7 @@ def test_fake_cuda(train, kind, options):
     if options.get("loss_type") != "sft":
         assert [gap == 0 for gap in run.column("gap/winner")] == [True, False, True]
         assert run.column("gap/rival")[::2] == [0, 0]
-        assert run.column("loss")[::2] == pytest.approx([math.log(2)] * 2)
+        assert run.column("loss")[::2] == pytest.approx([math.log(4 if "unpaired" in options else 2)] * 2)
 
 
 def test_fake_cuda_resumes(train):
@@ -142,5 +145,6 @@ def test_fake_cuda_names_the_line_that_waits(train):
     """A look in each call of the model: the first comes before the sampler's second step."""
     report, _ = train(**CACHED, fault="look_at_each_timestep")
     waits = report["waits_in_sampler"]
-    assert len(waits) == 3 * 2 + 2 * 3, "three rollouts of two steps, and two of validation pictures with three"
-    assert all("_local_scalar_dense, line " in wait and " in self_sample: prediction = " in wait for wait in waits)
+    assert len(waits) == 3 * 2 + 3 * 3, "three rollouts of two steps, three of validation pictures of three steps"
+    assert all("_local_scalar_dense, line " in wait and " in self_sample: " in wait for wait in waits)
+    assert all("predict(" in wait for wait in waits)

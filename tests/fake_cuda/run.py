@@ -9,17 +9,14 @@ test_fake_cuda.py starts it, with the library of hooks.cpp in LD_PRELOAD.
 import contextlib
 import importlib
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
 from unittest import mock
 
-
-replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
-
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
 from fake_cuda.device import Gpu
 
 
@@ -90,5 +87,6 @@ def run(script, argv, fault=None):
 
 
 if __name__ == "__main__":
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no report
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), file=replies, flush=True)
