@@ -237,9 +237,9 @@ def load_reference(models, weights, args):
     if args.train_mode == "lora":
         adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
         weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference = None  # the old one makes room first
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
     parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(models.denoiser.device) for name, weight in weights.items()}
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
 
 # Copied from train_sspo_sd.as_reference
@@ -1263,14 +1263,14 @@ class Winners:
     Winners and their captions, whatever form the data set has.
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair, and with --rivals given the other one as its rival; ties and unlabelled pairs are dropped and
-    counted in the log.
+    picture of each pair, and with --rivals given the other one as its rival; ties and unlabelled pairs are dropped, and
+    `ties` counts them (of a stream the log does, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
     """
 
     def __init__(self, args):
-        self.args, self.dataset = args, open_winners(args)
+        self.args, self.dataset, self.ties = args, open_winners(args), 0
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
         first = next(self.examples(), None)
@@ -1290,7 +1290,7 @@ class Winners:
         elif self.pairs:
             labels = self.dataset.select_columns([name for name in first if name in ("label_0", "has_label")])
             self.dataset = self.dataset.select([i for i, pair in enumerate(labels) if self.has_winner(pair)])
-            logger.info(f"{len(labels) - len(self.dataset)} ties dropped.")
+            self.ties = len(labels) - len(self.dataset)
             if not len(self.dataset):
                 raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
 
@@ -2169,8 +2169,9 @@ def main(args):
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config=config)
     known = "a stream of" if args.streaming else len(winners)
+    ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
     begins = "a new run" if checkpoint is None else f"resumed from {checkpoint}"
-    logger.info(f"{known} winners; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
+    logger.info(f"{known} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
 
     step = saved = record["step"]
     reference = None
