@@ -1263,7 +1263,7 @@ class Winners:
     Winners and their captions, whatever form the data set has.
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair, and with --rivals given the other one as its rival; ties and unlabelled pairs are dropped, and
+    picture of each pair, and with --rivals given the other one as its rival. Ties and unlabelled pairs are dropped;
     `ties` counts them (of a stream the log does, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
