@@ -17,8 +17,7 @@ import scipy.linalg
 import scipy.stats
 import tiny
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, flags, notices
+from helpers import ROOT, SCRIPTS, flags, newcomer, notices, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -31,9 +30,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-import train_sspo_sd
-import train_sspo_sdxl
-import train_sspo_video
+from train_sspo_sd import keyed_noise
 
 
 HERE, QUICKSTART = ROOT / "examples" / "evaluate", ROOT / "examples" / "quickstart"
@@ -136,7 +133,6 @@ def test_pictures_drawn_otherwise_are_not_mixed(run, sd, sd_v, tmp_path):
     assert before.keys() == drawn(tmp_path / "evaluation").keys()
 
 
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
 MADE = {
     "lora": ["", "checkpoint-4", "replay/iteration-2.safetensors", "pytorch_lora_weights.safetensors"],
     "full": ["", "checkpoint-4", "replay/iteration-2.safetensors"],
@@ -144,17 +140,13 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sd, winners):
+def trained(tmp_path_factory, sd, sdxl, motion, winners):
     """trained(pipeline, mode): the base, the motion adapter or None, and the folder of a run of that script."""
-    bases, runs = {"sd": (sd, None)}, {}
+    bases, runs = {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion}, {}
 
     def make(kind, mode):
-        if kind not in bases:
-            folder = tmp_path_factory.mktemp(kind)
-            made = tiny.stable_diffusion_xl(folder) if kind == "sdxl" else tiny.animate_diff(folder)
-            bases[kind] = (made, None) if kind == "sdxl" else made
+        base, adapter = bases[kind]
         if (kind, mode) not in runs:
-            base, adapter = bases[kind]
             output = tmp_path_factory.mktemp("run") / f"{kind}-{mode}"
             options = dict(train_mode=mode, lora_alpha=3, rank=2, learning_rate=3e-2, validation_prompts=PROMPTS)
             options.update(checkpointing_steps=4, validation_steps=4, rollout_steps=2)
@@ -162,12 +154,9 @@ def trained(tmp_path_factory, sd, winners):
             if kind == "video":
                 data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=4)
                 options.update(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=1)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
-            script = SCRIPTS[kind]
-            script.main(script.parse_args(flags(base, data, output, **options)))
+            run_main(SCRIPTS[kind], flags(base, data, output, **options))
             runs[kind, mode] = output
-        return (*bases[kind], runs[kind, mode])
+        return base, adapter, runs[kind, mode]
 
     return make
 
@@ -188,7 +177,7 @@ def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode
     for model in models:
         pipeline = evaluate.load_pipeline(model, args, "cpu")
         shape = evaluate.noise_shape(pipeline, args)
-        noise = train_sspo_sd.keyed_noise("validation", 0, [(0, 0), (1, 0)], shape)
+        noise = keyed_noise("validation", 0, [(0, 0), (1, 0)], shape)
         pictures = evaluate.draw(pipeline, PROMPTS, noise, args)
         row = 0 if model.name == "base" else 1
         assert tiny.difference(flat(pictures), flat(shown[row])) <= 2, model.path
@@ -254,16 +243,11 @@ def test_a_newcomer_sees_the_table_and_nothing_that_frightens(sd, sd_v, tmp_path
     (tmp_path / "judge.py").write_text(JUDGE)
     command = [sys.executable, HERE / "evaluate.py", "--base", sd, "--model", f"other={sd_v}"]
     command += ["--prompts", "prompts.txt", "--num_inference_steps", 2, "--scorer", "judge.py:redness"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-
-    def run(*more):
-        words = list(map(str, [*command, *more]))
-        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
-
-    result = run()
-    assert result.returncode == 0 and not notices(result.stderr)
+    result = newcomer(command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not notices(result.stderr)
     assert "redness" in result.stdout and "index.html" in result.stdout
-    result = run("--scorer", "judge.py:absent")
+    result = newcomer([*command, "--scorer", "judge.py:absent"], cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith("evaluate.py: judge.py:absent cannot be imported")
     assert result.stderr.count("\n") == 1
 
