@@ -322,7 +322,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--images_per_prompt", type=count, default=1, help="Pictures of each prompt, a model.")
-    group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap. Default: 0.")
+    group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap.")
     group.add_argument("--num_inference_steps", type=count, default=20, help="Sampler steps.")
     group.add_argument(
         "--guidance_scale", type=float, help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, clips 8.0."
