@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -82,6 +83,13 @@ def flags(model, data, output, **options):
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
     return words
+
+
+def notices(stderr):
+    """The lines that a program left on stderr beside its progress bars and the scripts' log."""
+    lines = [line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", stderr)]
+    wanted = r".*\[\d+:\d\d[<,].*\]|\d\d:\d\d:\d\d - train_sspo_\w+ - .*"
+    return [line for line in lines if line and not re.fullmatch(wanted, line)]
 
 
 @pytest.fixture
