@@ -76,6 +76,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+
+# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import av
 import datasets
 import diffusers
