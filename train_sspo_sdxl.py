@@ -1527,6 +1527,8 @@ def run_settings(args, accelerator, winners):
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
+    if args.streaming:  # in a loader process datasets shuffles a stream otherwise
+        settings["loader processes"] = min(args.dataloader_num_workers, 1)
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
