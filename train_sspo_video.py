@@ -1339,18 +1339,6 @@ class Winners:
         return caption
 
 
-# Copied from train_sspo_sd.to_rgb
-def to_rgb(picture):
-    """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 # Copied from train_sspo_sd.crop_picture
 def crop_picture(picture, args, generator):
     """
