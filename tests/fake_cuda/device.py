@@ -7,9 +7,7 @@ has none), a whole run works as it is: loss, checkpoints, pictures. What it cann
 the rounding and the limits of its kernels.
 """
 
-import collections
 import contextlib
-import functools
 import linecache
 import sys
 from unittest import mock
@@ -70,7 +68,6 @@ class Gpu(TorchDispatchMode):
     While it is entered, torch has one GPU.
 
     waits: what made the host wait for the device, each with the line of `file` that it came from.
-    kernels: how often each operation was sent to the device; views are none.
     """
 
     @classmethod
@@ -79,7 +76,7 @@ class Gpu(TorchDispatchMode):
 
     def __init__(self, file):
         super().__init__()
-        self.file, self.waits, self.kernels, self.leaving = file, [], collections.Counter(), contextlib.ExitStack()
+        self.file, self.waits, self.leaving = file, [], contextlib.ExitStack()
 
     def __enter__(self):
         answers = {
@@ -138,8 +135,6 @@ class Gpu(TorchDispatchMode):
             self.check_devices(name, operation, args, tensors)
         if to_gpu and kwargs.get("generator") is not None:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        if to_gpu and sends_a_kernel(operation):
-            self.kernels[name] += 1
 
         numbers, options = unwrap(args), {name: unwrap(value) for name, value in kwargs.items()}
         if kwargs.get("device") is not None and to_gpu:
@@ -185,14 +180,6 @@ def wrap(value):
     if isinstance(value, (list, tuple)):
         return type(value)(wrap(one) for one in value)
     return CudaTensor(value) if isinstance(value, torch.Tensor) else value
-
-
-@functools.cache
-def sends_a_kernel(operation):
-    """Whether a GPU has something to do: not for views, and not for memory without content."""
-    returned, name = operation._schema.returns, operation.overloadpacket.__name__
-    view = any(value.alias_info is not None and not value.alias_info.is_write for value in returned)
-    return not (view or "empty" in name or name in ("_unsafe_view", "_local_scalar_dense"))
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
