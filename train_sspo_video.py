@@ -791,6 +791,8 @@ def check_attention(args, heads):
     """
     clips = args.train_batch_size * args.draws_per_pair * (1 if args.split_pairs else 2)
     clips = max(clips, args.rollout_batch_size * (2 if args.rollout_guidance_scale > 1 else 1))
+    pictures = min(args.rollout_batch_size, len(args.validation_prompts or ()) * args.num_validation_images)
+    clips = max(clips, pictures * (2 if args.validation_guidance_scale > 1 else 1))
     height, width = picture_size(args)
     rows = clips * (height // 8) * (width // 8) * (heads if args.enable_xformers_memory_efficient_attention else 1)
     if rows > ATTENTION_ROWS:
