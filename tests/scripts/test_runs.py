@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models, resumed
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -155,30 +154,8 @@ def test_split_pairs_change_nothing(each, options):
     assert split.column("loss") == pytest.approx(together.column("loss"), rel=1e-3)
 
 
-def test_cached_latents_change_nothing(each, monkeypatch):
-    """An epoch of crops, flips and dropped captions gives the same losses; each winner is read and encoded once."""
-    read, encoded = [], []
-    read_winner, encode = each.script.read_winner, AutoencoderKL.encode
-    monkeypatch.setattr(each.script, "read_winner", lambda *a: read.append(a[2]) or read_winner(*a))
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encoded.append(len(x)) or encode(vae, x))
-    options = dict(center_crop=False, random_flip=True, proportion_empty_prompts=0.4, max_train_steps=5)
-    plain = each("plain", **options)
-    rows = len({row for _, _, row in read})
-    assert len(read) == 5 * 2
-    pictures = sum(encoded) // len(read)  # of a winner
-    read.clear(), encoded.clear()
-    cached = each("cached", cache_latents=True, **options)
-    assert (len(read), sum(encoded)) == (rows, rows * pictures)
-    epoch = slice(rows // 2)
-    assert cached.column("loss")[epoch] == pytest.approx(plain.column("loss")[epoch], rel=1e-4)
-    errors, others = (run.column("mse/policy_winner") for run in (cached, plain))
-    assert errors[epoch] == pytest.approx(others[epoch], rel=1e-6)
-    assert errors[-1] != pytest.approx(others[-1], rel=1e-6), "in the second epoch the crops are those of the first"
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_loader_processes_change_nothing(each, cached):
-    options = dict(center_crop=False, random_flip=True, proportion_empty_prompts=0.4, cache_latents=cached)
+def test_loader_processes_change_nothing(each):
+    options = dict(center_crop=False, random_flip=True, proportion_empty_prompts=0.4)
     alone, helped = (each(f"{workers}", dataloader_num_workers=workers, **options) for workers in (0, 2))
     assert helped.column("loss") == alone.column("loss")
 

@@ -109,28 +109,3 @@ def test_deep_motion_modules_are_saved_whole(train, tmp_path):
         assert adapter.config.motion_transformer_layers_per_block == 2
         weights = UNetMotionModel.from_unet2d(unet, adapter).state_dict()
         assert all(torch.equal(weights[name], weight) for name, weight in last.items())
-
-
-# The VAE
-
-
-def test_clip_survives_the_vae(motion):
-    """Latents of frames are those of pictures, in their order, however many frames the VAE takes at once."""
-    base, adapter = motion
-    args = script.parse_args(flags(base, "unused", "unused", motion_adapter_name_or_path=adapter, num_frames=4))
-    models = script.load_models(args, torch.float32)
-    pixels = torch.rand(2, 11, 3, 64, 48) * 2 - 1
-    mean, std = script.encode_image(models, pixels)
-    assert mean.shape == std.shape == (2, 4, 11, 8, 6)
-    for i, f in ((0, 0), (1, 3), (0, 10)):
-        with torch.no_grad():
-            alone = models.vae.encode(pixels[i, f][None]).latent_dist
-        scale = models.vae.config.scaling_factor
-        torch.testing.assert_close(mean[i, :, f], alone.mean[0] * scale, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(std[i, :, f], alone.std[0] * scale, rtol=1e-4, atol=1e-5)
-    clip = script.decode_latents(models, mean[:1])
-    with torch.no_grad():
-        alone = models.vae.decode(mean[:1, :, 9] / models.vae.config.scaling_factor).sample
-    assert len(clip) == 11
-    assert clip[0].size == (48, 64)
-    assert np.abs(np.asarray(clip[9]) / 127.5 - 1 - alone[0].clamp(-1, 1).permute(1, 2, 0).numpy()).max() < 0.01
