@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models, resumed
+from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -187,15 +187,13 @@ def test_seed_0_is_a_seed(each):
 
 
 def test_8bit_adam_steps(train):
-    """Its states really are bytes, the weights move as with 32 bits, and it resumes exactly."""
-    options = dict(train_mode="full", use_8bit_adam=True)
-    run = train(checkpointing_steps=2, **options)
+    """Its states really are bytes, and the weights move as with 32 bits."""
+    run = train(checkpointing_steps=2, train_mode="full", use_8bit_adam=True)
     state = torch.load(run.path / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
     states = [entry["__bnb_optimizer_quant_state__"]["state1"] for entry in state.values()]
     assert any(moment.dtype == torch.uint8 for moment in states)
     plain = train("plain", train_mode="full")
     assert run.column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
-    assert_same_result(run, resumed(train, run, 2, **options))
 
 
 def test_adafactor_steps(each):
