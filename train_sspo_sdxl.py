@@ -2,10 +2,10 @@
 # Copyright 2026 The SSPO training authors. Licensed under the Apache License, Version 2.0.
 #
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.6",
-#     "diffusers>=0.41,<0.43",
+#     "diffusers>=0.42,<0.43",
 #     "transformers>=5.0,<6",
 #     "accelerate>=1.15,<2",
 #     "datasets>=5.0,<6",
@@ -22,27 +22,21 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
 
   1. Replay.       Every --replay_steps updates the policy's weights are pushed to the replay bank and an iteration
                    ends. The next one draws its reference uniformly from the bank (theta_0 is the untouched base).
-  2. Self-sample.  z_r = sample(reference, caption) with classifier-free guidance. Rivals stay latents.
+  2. Self-sample.  The rival z_r = sample(reference, caption). It stays a latent.
   3. Errors.       One (t, noise) for both halves. e_w, e_r: mean squared denoising errors of winner and rival under
                    the policy and under the reference, and gap = e(policy) - e(reference).
   4. Switch.       x = e_w(reference) - e_w(policy). If x < 0 the reference knows the winner better than the policy
                    does, so its sample is more likely a winner than a loser: s = -1 (sign) or 0 (indicator), else +1.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
+The five numbers stand at the functions below and at the lines of the loop, which is in `main` at the end of the file.
 At the first update policy and reference are the same model, so L = ln 2 exactly; it stays near ln 2 for long, and the
 two gaps are what to watch. Where the paper is silent or two of its versions differ, --help says what is chosen.
-
-Cost of one update on one process, in forward calls of the UNet, for P = --train_batch_size x
---gradient_accumulation_steps pairs: ceil(P / --rollout_batch_size) x --rollout_steps x --rollout_strength calls on
-2 x --rollout_batch_size latents (guidance doubles them), then, for each of the --gradient_accumulation_steps
-micro-batches, one call of the reference and one of the policy on 2 x --train_batch_size x --draws_per_pair latents,
-the latter with its backward. --split_pairs makes each of the two calls two on half as many latents, and one more of
-that size in the backward.
 
 Beside train_sspo_sd.py: two text encoders, whose second also gives a pooled embedding, and micro-conditioning, the
 original size, the crop and the target size of each picture, which the rival is sampled with too. The VAE runs in fp32,
 because the stock one overflows in fp16, unless --pretrained_vae_model_name_or_path names one that does not. Refiners,
-models distilled to few steps (turbo, lightning, LCM) and inpainting models are refused.
+models distilled to few steps (LCM, TCD) and inpainting models are refused.
 
     accelerate launch train_sspo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -53,9 +47,9 @@ models distilled to few steps (turbo, lightning, LCM) and inpainting models are 
 """
 
 import argparse
-import copy
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -68,8 +62,8 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,10 +79,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
-    gather_object,
     set_seed,
 )
 from diffusers import (
@@ -103,12 +97,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, make_image_grid
-from diffusers.utils.import_utils import (
-    is_bitsandbytes_available,
-    is_tensorboard_available,
-    is_wandb_available,
-    is_xformers_available,
-)
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -124,12 +112,11 @@ logger = get_logger(Path(__file__).stem)
 
 # The name of the adapter in LoRA mode: diffusers looks its rank and alpha up under it when it saves them.
 POLICY = "default"
-SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
 # Copied from train_sspo_sd.UserError
 class UserError(Exception):
-    """Something the user can mend. Its message is one line: what is wrong, and what to do about it."""
+    """Something the user can fix. Its message is one line: what is wrong, and what to do about it."""
 
 
 # Copied from train_sspo_sd.BadExample
@@ -137,36 +124,315 @@ class BadExample(UserError):
     """A winner that cannot be used: a picture that cannot be read, a caption that is no text."""
 
 
-# Copied from train_sspo_sd.writing
+# Copied from train_sspo_sd.one_line
+def one_line(error):
+    return " ".join(str(error).split())[:300]
+
+
+# Copied from train_sspo_sd.keyed_generator
+def keyed_generator(*key):
+    """
+    A CPU generator whose seed is a hash of `key` (strings and integers).
+
+    Every random draw of a run comes from one, keyed by what it belongs to: so a run depends neither on the order of
+    things nor on how a batch is laid out over processes, and a resumed run needs no random state.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+# Copied from train_sspo_sd.keyed_noise
+def keyed_noise(purpose, seed, keys, shape):
+    """Standard normal noise, (len(keys), *shape) in fp32: row i depends on purpose, seed and keys[i] only."""
+    return torch.stack([torch.randn(shape, generator=keyed_generator(purpose, seed, *key)) for key in keys])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The method: replay, self-sampling, errors, switch, loss
+# ------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from train_sspo_sd.ReplayBank
+class ReplayBank:
+    """
+    1. Replay (random checkpoint replay). The policy's past, on disk.
+
+    `iteration-0` is the base, `iteration-k` the policy at the end of iteration k. `size` entries are kept, the base
+    included; past it the oldest but the base goes. What an iteration draws is a function of its number and the seed,
+    not of the files: it is the same on every process, and a resumed run draws what it would have drawn.
+
+    Args:
+        directory: where the entries are, as safetensors.
+        size: entries kept.
+        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (as DITTO).
+        seed: of the draws.
+    """
+
+    def __init__(self, directory, size, reference="random", seed=0):
+        self.directory, self.size, self.reference, self.seed = Path(directory), size, reference, seed
+
+    def path(self, index):
+        return self.directory / f"iteration-{index}.safetensors"
+
+    def live(self, iteration):
+        """The entries that `iteration` (from 1) draws from: the base and the newest of 1..iteration-1."""
+        newest = range(1, iteration)
+        return [0, *newest[max(len(newest) - (self.size - 1), 0) :]]
+
+    def draw(self, iteration):
+        """The entry that is the reference of `iteration`."""
+        live = self.live(iteration)
+        uniform = torch.randint(len(live), (), generator=keyed_generator("reference", self.seed, iteration)).item()
+        return live[{"random": uniform, "latest": -1, "initial": 0}[self.reference]]
+
+    def push(self, index, weights):
+        write_tensors(self.path(index), weights)
+
+    def load(self, index):
+        """Entry `index`, a dict of CPU tensors. Raises UserError if it is missing or damaged."""
+        try:
+            return load_file(self.path(index))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path(index)} is missing or damaged: {one_line(error)}") from error
+
+    def evict(self, iterations):
+        """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
+        needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
+        for path in set(self.directory.glob("iteration-*")) - needed:
+            path.unlink()
+
+
+# Copied from train_sspo_sd.policy_weights
+def policy_weights(models, args):
+    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
+    if args.train_mode == "lora":
+        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
+    else:
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.load_reference
+def load_reference(models, weights, args):
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    if args.train_mode == "lora":
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference = None  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(models.denoiser.device) for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.as_reference
 @contextmanager
-def writing(what):
+def as_reference(models):
     """
-    Around whatever writes to output_dir, also as a decorator: a full or read-only disk raises UserError.
+    Gives the denoiser with the reference's weights, without gradients.
 
-    Nothing else is lost then, because files are written beside their place, or appended to.
+    It is the policy's denoiser, so there is only one. For that time the weights change places, which copies nothing;
+    where the reference is LoRA's base, the adapter is off, which is the same to the last bit and faster. Not to be
+    used between the policy's forward and its backward, which needs its own weights: the reference always goes first.
     """
+
+    def swap(adapter_on):
+        if models.reference:
+            for parameter, weight in models.reference.items():
+                parameter.data, models.reference[parameter] = weight, parameter.data
+        else:
+            for layer in models.adapted_layers:  # denoiser.disable_adapters would look for them in all of the model
+                layer.enable_adapters(adapter_on)
+
+    swap(adapter_on=False)
     try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        if isinstance(error, RuntimeError):
-            if not re.search("inline_container|iostream|Parent directory", reason):
-                raise  # out of memory, say
-            reason = f"is the disk full? {reason}"  # torch.save does not tell what the system said
-        raise UserError(
-            f"{what} cannot be written ({reason}); the checkpoints before are whole: mend that, and go on with "
-            "--resume_from_checkpoint latest"
-        ) from error
+        with torch.no_grad():
+            yield models.denoiser
+    finally:
+        swap(adapter_on=True)
 
 
-# Copied from train_sspo_sd.check_whole
-def check_whole(path):
-    """Raises UserError if a safetensors file is gone or cut short. Reads no more than its header."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is {'damaged' if Path(path).exists() else 'gone'}") from error
+# Copied from train_sspo_sd.self_sample
+@torch.no_grad()
+def self_sample(
+    denoiser, scheduler, noise, condition, unconditional, steps, guidance_scale, winners=None, strength=1.0
+):
+    """
+    2. Self-sample. What the stock pipeline would draw, kept as latents in training space.
+
+    Args:
+        denoiser: with the reference's weights.
+        scheduler: a diffusers scheduler of the model's noise schedule.
+        noise: (b, ...) standard normal, fp32.
+        condition, unconditional: batches of conditions of length b; the second is for guidance.
+        steps, guidance_scale: as in the pipeline; a guidance of 1 or less means none.
+        winners, strength: with strength < 1, start from the winners' latents noised to that strength, as
+            image-to-image does, and take only the steps from there on.
+    Returns:
+        (b, ...) latents, fp32.
+    """
+    guided = guidance_scale > 1
+    both = join(unconditional, condition) if guided else condition
+    scheduler.set_timesteps(steps)  # left on the CPU: each look at one on the accelerator would wait for its work
+    timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
+    if strength < 1:
+        timesteps = timesteps[-int(steps * strength) * scheduler.order :]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
+    if strength < 1:
+        latents = scheduler.add_noise(winners, noise, timesteps[:1].expand(len(noise)))
+    for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
+        noisy = torch.cat([latents, latents]) if guided else latents
+        noisy = scheduler.scale_model_input(noisy, timestep)
+        prediction = predict(denoiser, noisy, on_device.expand(len(noisy)), both)
+        if guided:
+            without, with_caption = prediction.chunk(2)
+            prediction = without + guidance_scale * (with_caption - without)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return latents
+
+
+# Copied from train_sspo_sd.join
+def join(*conditions):
+    """Batches of conditions, one after the other."""
+    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+
+
+# Copied from train_sspo_sd.sample_rivals
+def sample_rivals(models, batch, args, autocast):
+    """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
+    winners = batch["winner"]
+    noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    with as_reference(models) as reference, autocast():
+        return self_sample(
+            reference,
+            rollout_scheduler(models, args),
+            noise,
+            batch["condition"],
+            batch["unconditional"],
+            args.rollout_steps,
+            args.rollout_guidance_scale,
+            winners,
+            args.rollout_strength,
+        )
+
+
+# Copied from train_sspo_sd.denoising_errors
+def denoising_errors(denoiser, models, latents, noise, timesteps, condition):
+    """
+    3. Errors. Mean squared error of the prediction over all but the batch dimension, in fp32.
+
+    Args:
+        latents: (b, ...).
+        noise: (b, draws, ...).
+        timesteps: (b, draws).
+        condition: a batch of conditions of length b.
+    Returns:
+        (b, draws) fp32.
+    """
+    draws = noise.shape[1]
+    latents = latents.unsqueeze(1).expand_as(noise).flatten(0, 1)
+    noise, flat_timesteps = noise.flatten(0, 1), timesteps.flatten()
+    condition = {name: value.repeat_interleave(draws, dim=0) for name, value in condition.items()}
+    noisy = add_noise(models, latents, noise, flat_timesteps)
+    prediction = predict(denoiser, noisy, flat_timesteps, condition)
+    target = denoising_target(models, latents, noise, flat_timesteps)
+    return (prediction - target.float()).square().flatten(1).mean(1).view(-1, draws)
+
+
+# Copied from train_sspo_sd.pair_errors
+def pair_errors(denoiser, models, batch, noise, timesteps, split):
+    """
+    3. Errors of winners and rivals, (b, draws) each: the same (t, noise) and caption for both halves of a pair.
+
+    With `split` the winners go first and their activations are not kept for the backward but computed again there,
+    when those of the rivals are freed: half the memory.
+    """
+    winner, rival, condition = batch["winner"], batch["rival"], batch["condition"]
+    if not split:
+        latents, noise, timesteps = torch.cat([winner, rival]), torch.cat([noise] * 2), torch.cat([timesteps] * 2)
+        return denoising_errors(denoiser, models, latents, noise, timesteps, join(condition, condition)).chunk(2)
+    winner_errors = torch.utils.checkpoint.checkpoint(
+        denoising_errors,
+        *(models.denoiser, models, winner, noise, timesteps, condition),  # data parallel would count two forwards
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return winner_errors, denoising_errors(denoiser, models, rival, noise, timesteps, condition)
+
+
+# Copied from train_sspo_sd.sspo_loss
+def sspo_loss(
+    policy_winner, policy_rival, reference_winner, reference_rival, beta, ssr="sign", rival_weight=1.0, sft_weight=0.0
+):
+    """
+    4. Switch and 5. loss: -log sigmoid(-beta/2 * [gap_w - s * gap_r]), averaged over examples and draws.
+
+    gap_w = policy_winner - reference_winner, gap_r = policy_rival - reference_rival. The switch s is +1 where
+    x = -gap_w >= 0 (a tie, as at the first update, is no evidence that the rival is a winner) and otherwise -1 for
+    `sign`, 0 for `indicator`, +1 for `none` (arXiv 2410.05255, self-sampling regularization). The factor 1/2 on beta
+    is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
+
+    Args:
+        policy_winner, policy_rival, reference_winner, reference_rival: denoising errors (see denoising_errors), fp32,
+            each (batch,) or (batch, draws). Only the policy's carry gradients.
+        beta: the strength of the pull to the reference.
+        ssr: sign, indicator or none.
+        rival_weight: factor on s * gap_r; 1 in the paper.
+        sft_weight: adds sft_weight * policy_winner; 0 in the paper.
+    Returns:
+        the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
+        implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
+    Raises:
+        KeyError: for another ssr.
+    """
+    gap_winner = policy_winner - reference_winner
+    gap_rival = policy_rival - reference_rival
+
+    # 4. The switch.
+    x = -gap_winner.detach()
+    if x.ndim == 2:
+        x = x.mean(dim=1, keepdim=True)
+    s = torch.where(x >= 0, 1.0, {"sign": -1.0, "indicator": 0.0, "none": 1.0}[ssr]).to(x.dtype)
+
+    # 5. The loss.
+    loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
+    loss = (loss + sft_weight * policy_winner).mean()
+
+    told_apart = (gap_rival - gap_winner).detach().sign()  # 1 right, -1 wrong, 0 a tie
+    metrics = {
+        "dpo_fraction": (s == 1).float().mean(),
+        "implicit_accuracy": (told_apart + 1).mean() / 2,
+        "mse/policy_winner": policy_winner.detach().mean(),
+        "mse/policy_rival": policy_rival.detach().mean(),
+        "gap/winner": gap_winner.detach().mean(),
+        "gap/rival": gap_rival.detach().mean(),
+    }
+    return loss, metrics
+
+
+# Copied from train_sspo_sd.training_loss
+def training_loss(policy, models, batch, args, autocast):
+    """
+    3. to 5. for one micro-batch (see collate; `rival` holds the rivals' latents): its loss, with its metrics.
+
+    `policy` is the denoiser as accelerate wrapped it. Policy and reference run under the same autocast: where they are
+    equal, both gaps are exactly 0. --loss_type sft is the plain denoising loss on the winners.
+    """
+    winner, keys = batch["winner"], batch["keys"]
+    noise = keyed_noise("noise", args.seed, keys, (args.draws_per_pair, *winner.shape[1:])).to(winner.device)
+    timesteps = torch.stack(
+        [draw_timesteps(models, keyed_generator("timestep", args.seed, *key), args.draws_per_pair) for key in keys]
+    ).to(winner.device)
+
+    if args.loss_type == "sft":
+        with autocast():
+            loss = denoising_errors(policy, models, winner, noise, timesteps, batch["condition"]).mean()
+        return loss, {"mse/policy_winner": loss.detach()}
+
+    with as_reference(models) as reference, autocast():
+        reference_errors = pair_errors(reference, models, batch, noise, timesteps, args.split_pairs)
+    with autocast():
+        policy_errors = pair_errors(policy, models, batch, noise, timesteps, args.split_pairs)
+    return sspo_loss(*policy_errors, *reference_errors, args.beta_dpo, args.ssr, args.rival_weight, args.sft_weight)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -180,9 +446,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            if action.default is None or action.default is False:  # 0 is a default that is shown
-                return action.help
-            return super()._get_help_string(action)
+            shown = action.default is not None and action.default is not False  # 0 is a default that is shown
+            return super()._get_help_string(action) if shown else action.help
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
@@ -191,198 +456,178 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
+# Copied from train_sspo_sd.number
+def number(kind, least, most=math.inf, above=False):
+    """An argparse type: a number of at least `least` (or `above` it) and at most `most`."""
+
+    def convert(text):
+        value = kind(text)
+        if not (value > least if above else value >= least) or not value <= most:
+            upper = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"must be {'more than' if above else 'at least'} {least}{upper}, not {text}"
+            )
+        return value
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
 # Copied from train_sspo_sd.add_shared_arguments
 def add_shared_arguments(parser):
     """Adds the flags that every SSPO script has. Names are those of the other diffusers scripts where they exist."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="Hub name or folder of the base model.")
-    group.add_argument("--revision", help="Branch, tag or commit of the base model on the hub.")
-    group.add_argument("--variant", help="Variant of the base model's files, for example fp16.")
-    group.add_argument("--cache_dir", help="Where downloaded models and data sets are kept.")
-    group.add_argument(
-        "--prediction_type",
-        choices=["epsilon", "v_prediction"],
-        help="What the model predicts, if its scheduler's configuration says it wrongly.",
-    )
+    natural, positive = number(int, 1), number(float, 0, above=True)
+    not_negative, factor, share = number(int, 0), number(float, 0), number(float, 0, 1)
 
-    group = parser.add_argument_group("winners")
-    group.add_argument("--dataset_name", help="Hub name or local path of a data set of winners.")
-    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    group.add_argument("--train_data_dir", help="Folder of winners, in any of the forms that the README lists.")
-    group.add_argument("--caption_column", help="Default: the first that exists of text, caption, txt, prompt.")
-    group.add_argument("--max_train_samples", type=int, help="Use only the first so many rows.")
-    group.add_argument(
-        "--streaming", action="store_true", help="Read the data set as it goes, with one loader process a rank."
-    )
-    group.add_argument(
-        "--proportion_empty_prompts",
-        type=float,
-        default=0.0,
-        help="Share of pairs whose caption is dropped, for the winner and the rival alike.",
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load winners, a rank.")
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub name or folder of the base model.")
+    add("--revision", help="Branch, tag or commit of the base model on the hub.")
+    add("--variant", help="Variant of the base model's files, for example fp16.")
+    add("--cache_dir", help="Where downloaded models and data sets are kept.")
+    predictions = ["epsilon", "v_prediction"]
+    add("--prediction_type", choices=predictions, help="What the model predicts, if its scheduler says it wrongly.")
+
+    add = parser.add_argument_group("winners").add_argument
+    add("--dataset_name", help="Hub name or local path of a data set of winners.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--train_data_dir", help="Folder of winners, in any of the forms that the README lists.")
+    add("--caption_column", help="Default: the first that exists of text, caption, txt, prompt.")
+    add("--max_train_samples", type=natural, help="Use only the first so many rows.")
+    add("--streaming", action="store_true", help="Read the data set as it goes, with one loader process a rank.")
+    dropped = "Share of pairs whose caption is dropped, for the winner and the rival alike."
+    add("--proportion_empty_prompts", type=share, default=0.0, help=dropped)
+    add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that load winners, a rank.")
+    add(
         "--on_bad_example",
         choices=["stop", "skip"],
         default="stop",
-        help="What to do about a winner that cannot be read. skip: the next one that can be takes its place, the log "
-        "names it, and data/skipped in the metrics counts such places.",
+        help="What a winner that cannot be read does. skip: the log names it, and the run does without it.",
     )
-    group.add_argument(
+    add(
         "--cache_latents",
         action="store_true",
         help="Encode winners and captions once, to disk, and take the VAE and the text encoder off the accelerator. "
         "Crop and flip are then drawn once a row instead of once an epoch.",
     )
 
-    group = parser.add_argument_group("SSPO")
-    group.add_argument(
+    add = parser.add_argument_group("SSPO").add_argument
+    add(
         "--train_mode",
         choices=["lora", "full"],
         default="lora",
         help="lora: adapters on the attention layers. full: every trainable weight, as in the paper.",
     )
-    group.add_argument(
+    add(
         "--loss_type",
         choices=["sspo", "sft"],
         default="sspo",
         help="sft is the baseline: the plain denoising loss on the winners, with no reference and no sampling.",
     )
-    group.add_argument("--beta_dpo", type=float, default=2000.0, help="Strength of the pull to the reference.")
-    group.add_argument(
+    add("--beta_dpo", type=positive, default=2000.0, help="Strength of the pull to the reference.")
+    add(
         "--ssr",
         choices=["sign", "indicator", "none"],
         default="sign",
         help="s where the reference predicts the winner better than the policy: -1 (sign: the rival is learned too), "
         "0 (indicator: only the winner is) or +1 (none: no switch).",
     )
-    group.add_argument(
-        "--ssr_scope",
-        choices=["example", "iteration"],
-        default="example",
-        help="What decides the switch: each example's own errors, as in the paper, or (iteration) for all examples "
-        "of an update alike the mean over the iteration's updates before it.",
-    )
-    group.add_argument(
+    add(
         "--reference",
         choices=["random", "latest", "initial"],
         default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.",
     )
-    group.add_argument("--replay_steps", type=int, default=30, help="Updates in an iteration, between two pushes.")
-    group.add_argument(
-        "--replay_size",
-        type=int,
-        default=8,
-        help="Checkpoints kept in the bank, the base included. Past it the oldest but the base goes.",
+    add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
+    kept = "Checkpoints kept in the bank, the base included. Past it the oldest but the base goes."
+    add("--replay_size", type=natural, default=8, help=kept)
+    add("--rollout_steps", type=natural, default=20, help="Sampler steps of a rival, and of validation pictures.")
+    add(
+        "--rollout_guidance_scale",
+        type=float,
+        default=1.0,
+        help="Guidance of the rivals; 1 or less means none, which halves the cost and is the reference's own "
+        "distribution. The paper does not tell its sampler.",
     )
-    group.add_argument("--rollout_steps", type=int, default=20, help="Sampler steps of a rival (and of validation).")
-    group.add_argument("--rollout_guidance_scale", type=float, default=7.5, help="Guidance; 1 or less means none.")
-    group.add_argument("--rollout_scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
-    group.add_argument(
+    add("--rollout_scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
+    add(
         "--rollout_batch_size",
-        type=int,
+        type=natural,
         help="Rivals sampled at once, a multiple of --train_batch_size. Default: train_batch_size x "
         "gradient_accumulation_steps, at most 16.",
     )
-    group.add_argument(
+    add(
         "--rollout_strength",
-        type=float,
+        type=number(float, 0, 1, above=True),
         default=1.0,
-        help="Below 1 the rival starts from the winner noised to this strength (0 to 1), not from pure noise: closer "
-        "rivals, fewer sampler steps.",
+        help="Below 1 the rival starts from the winner noised to this strength, not from pure noise: closer rivals, "
+        "fewer sampler steps.",
     )
-    group.add_argument(
+    add(
         "--draws_per_pair",
-        type=int,
+        type=natural,
         default=1,
         help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
         "needs the memory of a batch so many times as large.",
     )
-    group.add_argument("--rival_weight", type=float, default=1.0, help="Factor on the rival's gap, beside s.")
-    group.add_argument("--sft_weight", type=float, default=0.0, help="Adds so much of the winner's denoising error.")
-    group.add_argument("--rank", type=int, default=8, help="Rank of the LoRA adapters.")
-    group.add_argument("--lora_alpha", type=float, help="Scale of the adapters, times the rank. Default: the rank.")
+    add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
+    add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
+    add("--rank", type=natural, default=8, help="Rank of the LoRA adapters.")
+    add("--lora_alpha", type=positive, help="Scale of the adapters, times the rank. Default: the rank.")
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--seed", type=int, default=0, help="Every random draw of the run follows from it, on any layout of hardware."
-    )
-    group.add_argument("--train_batch_size", type=int, default=4, help="Pairs in a micro-batch, a process.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches in an update.")
-    group.add_argument("--max_train_steps", type=int, help="Updates. Default: 210, the paper's seven iterations.")
-    group.add_argument("--num_train_epochs", type=int, help="Passes over the winners, if --max_train_steps is absent.")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for a slower backward.")
-    group.add_argument(
+    add = parser.add_argument_group("optimization").add_argument
+    add("--seed", type=int, default=0, help="Every random draw follows from it, on any layout of hardware.")
+    add("--train_batch_size", type=natural, default=4, help="Pairs in a micro-batch, a process.")
+    add("--gradient_accumulation_steps", type=natural, default=1, help="Micro-batches in an update.")
+    add("--max_train_steps", type=natural, help="Updates. Default: 210, the paper's seven iterations.")
+    add("--num_train_epochs", type=natural, help="Passes over the winners, without --max_train_steps.")
+    add("--gradient_checkpointing", action="store_true", help="Less memory for a slower backward.")
+    add(
         "--split_pairs",
         action="store_true",
         help="Winners and rivals go through the model one after the other: half the memory of activations, for half a "
         "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.",
     )
-    group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak learning rate.")
-    group.add_argument("--scale_lr", action="store_true", help="Multiply the learning rate by the global batch size.")
-    group.add_argument(
-        "--lr_scheduler",
-        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
-        default="constant",
-        help="Schedule of the rate.",
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Updates of warm-up.")
-    group.add_argument(
-        "--optimizer", choices=["adamw", "adafactor"], default="adamw", help="Adafactor needs the least memory."
-    )
-    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the first moment.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the second moment.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Weight decay, Adafactor's too.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
-    group.add_argument(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="Default: as accelerate is configured. Errors and loss are fp32 in any case.",
-    )
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    group.add_argument(
-        "--enable_xformers_memory_efficient_attention",
-        action="store_true",
-        help="xformers in place of PyTorch's own attention, which saves memory too. CUDA only.",
-    )
+    add("--learning_rate", type=positive, default=1e-5, help="Peak learning rate.")
+    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    add("--lr_scheduler", choices=schedules, default="constant", help="Schedule of the rate.")
+    add("--lr_warmup_steps", type=not_negative, default=0, help="Updates of warm-up.")
+    optimizers = ["adamw", "adafactor"]
+    add("--optimizer", choices=optimizers, default="adamw", help="Adafactor needs the least memory.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the first moment.")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the second moment.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="Weight decay, Adafactor's too.")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
+    precision = "Default: as accelerate is configured. Errors and loss are fp32 in any case."
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
+    attention = "xformers in place of PyTorch's own attention, which saves memory too. CUDA only."
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help=attention)
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="sspo-model", help="Where all that a run leaves is written.")
-    group.add_argument("--checkpointing_steps", type=int, default=100, help="Updates between two checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Checkpoints kept. Default: all.")
-    group.add_argument("--resume_from_checkpoint", help='Folder of a checkpoint, or "latest".')
-    group.add_argument("--validation_prompts", nargs="+", help="Captions of the pictures in samples/.")
-    group.add_argument("--validation_steps", type=int, default=50, help="Updates between two sets of samples.")
-    group.add_argument("--num_validation_images", type=int, default=1, help="Samples of each validation prompt.")
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none.")
-    group.add_argument("--tracker_project_name", default="sspo", help="Name of the project in the tracker.")
-    group.add_argument("--logging_dir", default="logs", help="Folder of the tracker's files, inside output_dir.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the result when the run ends.")
-    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of output_dir.")
-    group.add_argument("--hub_token", help="Token for the push, never written down. Default: the login's.")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="sspo-model", help="Where all that a run leaves is written.")
+    add("--checkpointing_steps", type=natural, default=100, help="Updates between two checkpoints.")
+    add("--checkpoints_total_limit", type=natural, help="Checkpoints kept. Default: all.")
+    add("--resume_from_checkpoint", help='Folder of a checkpoint, or "latest".')
+    add("--validation_prompts", nargs="+", help="Captions of the pictures in samples/.")
+    add("--validation_steps", type=natural, default=50, help="Updates between two sets of samples.")
+    add("--num_validation_images", type=natural, default=1, help="Samples of each validation prompt.")
+    add("--validation_guidance_scale", type=float, default=7.5, help="Guidance of the pictures in samples/.")
+    add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="The tracker.")
+    add("--tracker_project_name", default="sspo", help="Name of the project in the tracker.")
+    add("--push_to_hub", action="store_true", help="Upload the result when the run ends.")
+    add("--hub_model_id", help="Repository to push to. Default: the name of output_dir.")
 
 
-# Copied from train_sspo_sd.add_picture_arguments
-def add_picture_arguments(parser):
-    """Adds the flags of the scripts that train on pictures."""
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--image_column", help="Default: the first that exists of image, jpg, jpeg, png, webp.")
-    group.add_argument("--resolution", type=int, default=512, help="Side of the square pictures, in pixels.")
-    group.add_argument("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
-    group.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
-
-
-# Copied from train_sspo_sd.resolve_args
-def resolve_args(parser, argv):
-    """Parses `argv` and fills in the defaults that hang on other flags. Exits with one line if they cannot be used."""
+# Copied from train_sspo_sd.parse_args
+def parse_args(argv=None):
+    """Parses `argv` (default: the command line). Raises SystemExit(2) after one line on stderr for a wrong flag."""
+    parser = OneLineParser(f"SSPO for {FAMILY}: alignment with winners alone.")
+    add_shared_arguments(parser)
+    add_pipeline_arguments(parser)
     args = parser.parse_args(argv)
-    if args.max_train_steps is None and args.num_train_epochs is None:
-        args.max_train_steps = 210
-    if args.lora_alpha is None:
-        args.lora_alpha = args.rank
+    set_defaults(args)
     try:
         check_args(args)
     except UserError as error:
@@ -390,55 +635,33 @@ def resolve_args(parser, argv):
     return args
 
 
-def parse_args(argv=None):
-    """Parses `argv` (default: the command line). Raises SystemExit(2) after one line on stderr for a wrong flag."""
-    parser = OneLineParser("SSPO for Stable Diffusion XL: alignment with winning pictures alone.")
-    add_shared_arguments(parser)
-    add_picture_arguments(parser)
-    group = parser.add_argument_group("Stable Diffusion XL")
-    group.add_argument(
-        "--pretrained_vae_model_name_or_path",
-        help="A VAE that runs in half precision, for example madebyollin/sdxl-vae-fp16-fix. Default: the base "
-        "model's own, in fp32.",
-    )
-    parser.set_defaults(resolution=1024, rollout_guidance_scale=5.0)
-    return resolve_args(parser, argv)
+# Copied from train_sspo_sd.set_defaults
+def set_defaults(args):
+    """Sets the defaults that depend on other flags."""
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 210
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
+    if args.rollout_batch_size is None:
+        pairs = args.train_batch_size * args.gradient_accumulation_steps
+        args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
 
 
 # Copied from train_sspo_sd.check_args
 def check_args(args):
-    """Raises UserError for values that no run can use. Needs no model and no data."""
+    """Raises UserError for flags that do not go together. Needs no model and no data."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise UserError("name the winners with either --train_data_dir or --dataset_name")
-    positive = (
-        "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples resolution "
-        "replay_steps replay_size rollout_steps rollout_batch_size draws_per_pair beta_dpo rank lora_alpha "
-        "learning_rate max_grad_norm checkpointing_steps checkpoints_total_limit validation_steps "
-        "num_validation_images"
-    )
-    for name in positive.split():
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be more than 0, not {value}")
-    for name in ("rival_weight", "sft_weight", "lr_warmup_steps", "dataloader_num_workers"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, not {getattr(args, name)}")
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        raise UserError(f"--proportion_empty_prompts must be from 0 to 1, not {args.proportion_empty_prompts}")
-    if args.resolution % 8:
-        raise UserError(f"--resolution must be a multiple of 8, not {args.resolution}")
-    if args.rollout_batch_size is None:
-        pairs = args.train_batch_size * args.gradient_accumulation_steps
-        args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
     if args.rollout_batch_size % args.train_batch_size:
         raise UserError(
             f"--rollout_batch_size ({args.rollout_batch_size}) must be a multiple of --train_batch_size "
             f"({args.train_batch_size})"
         )
-    if not 0 < args.rollout_strength <= 1 or int(args.rollout_steps * args.rollout_strength) < 1:
+    if any(side % SIDE_MULTIPLE for side in picture_size(args)):
+        raise UserError(f"height and width must be multiples of {SIDE_MULTIPLE}, not {picture_size(args)}")
+    if int(args.rollout_steps * args.rollout_strength) < 1:
         raise UserError(
-            f"--rollout_strength must be above 0, at most 1, and leave one of the {args.rollout_steps} sampler steps, "
-            f"not {args.rollout_strength}"
+            f"--rollout_strength {args.rollout_strength} leaves none of {args.rollout_steps} sampler steps"
         )
     if args.streaming and args.cache_latents:
         raise UserError("--cache_latents needs the whole data set: drop it, or --streaming")
@@ -450,465 +673,78 @@ def check_args(args):
 
 # Copied from train_sspo_sd.check_environment
 def check_environment(args):
-    """Raises UserError where a package, a device or the output folder cannot do what a flag asks for."""
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        raise UserError("--use_8bit_adam needs bitsandbytes: pip install 'bitsandbytes>=0.50'")
-    if args.enable_xformers_memory_efficient_attention:
-        if not is_xformers_available():
-            raise UserError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
-        if not torch.cuda.is_available():
-            raise UserError(
-                "--enable_xformers_memory_efficient_attention needs a CUDA device: drop it, PyTorch's own attention "
-                "saves memory too"
-            )
+    """Raises UserError where a package or a device that a flag needs is missing."""
+    xformers = "--enable_xformers_memory_efficient_attention"
+    packages = {
+        "--use_8bit_adam": "bitsandbytes" if args.use_8bit_adam else None,
+        xformers: "xformers" if args.enable_xformers_memory_efficient_attention else None,
+        f"--report_to {args.report_to}": args.report_to if args.report_to in ("tensorboard", "wandb") else None,
+    }
+    for flag, package in packages.items():
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}, which is missing: pip install {package}")
+    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
-    if args.report_to not in ("tensorboard", "wandb", "all", "none"):
-        raise UserError(f"--report_to must be tensorboard, wandb, all or none, not {args.report_to}")
-    if args.report_to == "tensorboard" and not is_tensorboard_available():
-        raise UserError("--report_to tensorboard needs it: pip install tensorboard, or --report_to none")
-    if args.report_to == "wandb" and not is_wandb_available():
-        raise UserError("--report_to wandb needs it: pip install wandb, or --report_to none")
-    try:
-        probe = Path(args.output_dir, f".writable-{os.getpid()}")
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # a process on another machine may have the same number
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Random draws. Each comes from a generator of its own, keyed by what it belongs to, so that a run depends neither on
-# the order of things nor on how a batch is laid out over processes, and a resumed run needs no random state.
+# The pipeline: all that another pipeline does differently
 # ------------------------------------------------------------------------------------------------------------------
 
-
-# Copied from train_sspo_sd.keyed_generator
-def keyed_generator(*key):
-    """A CPU generator whose seed is a hash of `key` (strings and integers)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-
-
-# Copied from train_sspo_sd.keyed_noise
-def keyed_noise(purpose, seed, keys, shape):
-    """Standard normal noise, (len(keys), *shape) in fp32: row i depends on purpose, seed and keys[i] only."""
-    return torch.stack([torch.randn(shape, generator=keyed_generator(purpose, seed, *key)) for key in keys])
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Data: the winners
-# ------------------------------------------------------------------------------------------------------------------
-
-
-# Copied from train_sspo_sd.FILE_BUILDERS
-FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-
-
-# Copied from train_sspo_sd.open_dataset
-def open_dataset(args):
-    """Opens the training split of --dataset_name or --train_data_dir. Raises UserError if that is not possible."""
-    source = args.train_data_dir or args.dataset_name
-    path = Path(source)
-    if args.train_data_dir and not path.exists():
-        raise UserError(f"--train_data_dir {source} does not exist")
-    if path.is_file() and path.suffix not in FILE_BUILDERS:
-        raise UserError(f"{source} is not a folder, nor one of {', '.join(FILE_BUILDERS)}")
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # made by save_to_disk
-            dataset = datasets.load_from_disk(source)
-        elif path.is_file():
-            builder = FILE_BUILDERS[path.suffix]
-            dataset = datasets.load_dataset(
-                builder, data_files=source, cache_dir=args.cache_dir, streaming=args.streaming
-            )
-        else:
-            dataset = datasets.load_dataset(
-                source, args.dataset_config_name, cache_dir=args.cache_dir, streaming=args.streaming
-            )
-    except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"the data set {source} cannot be opened: {reason}") from error
-    if isinstance(dataset, dict):
-        if "train" not in dataset and len(dataset) > 1:
-            raise UserError(f"the data set {source} has no split called train, only {', '.join(dataset)}")
-        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
-    if args.streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset()
-    return dataset
-
-
-MEDIUM, MEDIUM_COLUMNS = "image", ["image", "jpg", "jpeg", "png", "webp"]  # what the winners are, and where
-
-
-# Copied from train_sspo_sd.open_undecoded
-def open_undecoded(args):
-    """The data set, its pictures still encoded: they are decoded when they are needed, so that a bad one is named."""
-    dataset = open_dataset(args)
-    if args.streaming:
-        return dataset.decode(False)
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    return dataset
-
-
-# Copied from train_sspo_sd.read_winner
-def read_winner(encoded, column, row, args, key):
-    """
-    Decodes one winner, and crops it.
-
-    Args:
-        encoded: what the data set holds: a dict of path and bytes, bytes, or a PIL picture.
-        column, row: where that was.
-        key: of the random draws.
-    Returns:
-        pixels (3, height, width) in -1..1 and geometry, see crop_picture.
-    Raises:
-        BadExample: naming the picture that cannot be read.
-    """
-    picture = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded
-    try:
-        if isinstance(picture, dict):
-            picture = datasets.Image().decode_example(picture)
-        return crop_picture(to_rgb(picture), args, keyed_generator("crop", *key))
-    except Exception as error:  # PIL raises nearly everything, from struct.error to SyntaxError
-        name = encoded.get("path") if isinstance(encoded, dict) else None
-        reason = " ".join(str(error).split())[:200]
-        raise BadExample(f"the picture {name or column} in row {row} cannot be read ({reason})") from error
-
-
-# Copied from train_sspo_sd.Winners
-class Winners:
-    """
-    Winning pictures and their captions, whatever form the data set has.
-
-    A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair; ties and unlabelled pairs are dropped, and `ties` counts them.
-
-    Raises UserError if a column is missing or the data set is empty.
-    """
-
-    PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0")
-
-    def __init__(self, args):
-        self.args, self.streaming, self.ties = args, args.streaming, 0
-        self.dataset = open_undecoded(args)
-        if args.max_train_samples is not None:
-            self.dataset = self.dataset.take(args.max_train_samples)
-        first = next((example for _, example in self.read(self.dataset)), None)
-        if first is None:
-            raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
-        columns = list(first)
-
-        self.pairs = getattr(args, f"{MEDIUM}_column") is None and set(self.PAIR_COLUMNS) <= set(columns)
-        if not self.pairs:
-            self.column = self.find_column(MEDIUM, MEDIUM_COLUMNS, columns)
-        self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], columns)
-        self.first_caption = str(first[self.caption_column])[:100]  # by which another data set is told from this one
-
-        if self.streaming:
-            self.dataset = self.dataset.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
-        elif self.pairs:
-            labels = self.dataset.select_columns([c for c in columns if c in ("label_0", "has_label")])
-            kept = [i for i, example in enumerate(labels) if self.has_winner(example)]
-            self.ties = len(self.dataset) - len(kept)
-            self.dataset = self.dataset.select(kept)
-            if not kept:
-                raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
-
-    def find_column(self, what, candidates, columns):
-        asked = getattr(self.args, f"{what}_column")
-        for name in [asked] if asked else candidates:
-            if name in columns:
-                return name
-        raise UserError(
-            f"the data set has no column {asked or ' or '.join(candidates)}: it has {', '.join(columns)}; "
-            f"name the one to use with --{what}_column"
-        )
-
-    def __len__(self):
-        """The number of winners, ties left out. Not known of a data set that is streamed."""
-        return len(self.dataset)
-
-    def rows(self, epoch, offset=0):
-        """Yields (row, reference to its example) in the order of `epoch`, from the `offset`-th on."""
-        if self.streaming:
-            self.dataset.set_epoch(epoch)
-            yield from itertools.islice(self.read(self.dataset), offset, None)
-        else:
-            order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
-            yield from ((row, row) for row in order[offset:].tolist())
-
-    @staticmethod
-    def read(dataset):
-        """Yields (row, example). Raises UserError where the data set itself cannot be read on."""
-        row = -1
-        try:
-            for row, example in enumerate(dataset):
-                yield row, example
-        except Exception as error:  # as in open_dataset
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise UserError(f"the data set cannot be read on behind its row {row}: {reason}") from error
-
-    def has_winner(self, example):
-        """Whether this is a picture by itself, or a pair of which one was preferred."""
-        return not self.pairs or (example["label_0"] in (0, 1) and example.get("has_label", True))
-
-    def load(self, row, example, place):
-        """
-        Makes one training example.
-
-        Args:
-            row, example: see rows.
-            place: (epoch, row) in the order, by which its draws are keyed. The row is another one where this winner
-                stands in for one that cannot be read.
-        Returns:
-            dict with `epoch` and `row` (the place), `caption`, `dropped` (whether the caption is), `pixels` and
-            `geometry` (see read_winner).
-        Raises:
-            BadExample: naming the winner that cannot be read or the caption that is not text.
-        """
-        if not self.streaming:
-            example = self.dataset[row]
-        column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.column
-        epoch, slot = place
-        key = (self.args.seed, 0 if self.args.cache_latents else epoch, slot)
-        pixels, geometry = read_winner(example[column], column, row, self.args, key)
-        caption = example[self.caption_column]
-        if isinstance(caption, (list, np.ndarray)) and len(caption):
-            caption = caption[torch.randint(len(caption), (), generator=keyed_generator("caption", *key)).item()]
-        if isinstance(caption, bytes):
-            caption = caption.decode(errors="replace")
-        if not isinstance(caption, str):
-            raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
-        dropped = is_dropped(self.args, *place)
-        return dict(epoch=epoch, row=slot, caption=caption, dropped=dropped, pixels=pixels, geometry=geometry)
-
-
-# Copied from train_sspo_sd.is_dropped
-def is_dropped(args, epoch, row):
-    """Whether the caption of this row is left out in this epoch."""
-    draw = torch.rand((), generator=keyed_generator("dropout", args.seed, epoch, row)).item()
-    return draw < args.proportion_empty_prompts
-
-
-# Copied from train_sspo_sd.to_rgb
-def to_rgb(picture):
-    """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-# Copied from train_sspo_sd.picture_size
-def picture_size(args):
-    """Height and width of what is trained on, in pixels."""
-    return args.resolution, args.resolution
-
-
-# Copied from train_sspo_sd.crop_picture
-def crop_picture(picture, args, generator):
-    """
-    Resizes the picture until it just covers picture_size, then crops and mirrors as the flags say.
-
-    Returns:
-        pixels, (3, height, width) in -1..1, and a dict of `original_size` (height, width), `crop_top_left`
-        (top, left) in the resized picture, and `target_size`: what SDXL is told about its pictures.
-    """
-    height, width = picture_size(args)
-    original_size = (picture.height, picture.width)
-    scale = max(height / picture.height, width / picture.width)
-    resized = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
-    if resized[0] * resized[1] > 2 * Image.MAX_IMAGE_PIXELS:  # PIL's own limit for a picture that is opened
-        raise ValueError(f"{picture.width} x {picture.height} pixels is too long for a crop of {width} x {height}")
-    spare = (resized[0] - width, resized[1] - height)
-    place = torch.rand(2, generator=generator)  # drawn in any case: the flip must not depend on --center_crop
-    left, top = (round(extent * (0.5 if args.center_crop else draw)) for extent, draw in zip(spare, place.tolist()))
-    picture = picture.resize(resized, Image.Resampling.LANCZOS)
-    picture = picture.crop((left, top, left + width, top + height))
-    if args.random_flip and torch.rand((), generator=generator).item() < 0.5:
-        picture = ImageOps.mirror(picture)
-        left = spare[0] - left
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, {"original_size": original_size, "crop_top_left": (top, left), "target_size": (height, width)}
-
-
-# Copied from train_sspo_sd.whole_picture
-def whole_picture(args):
-    """The geometry of a picture that was neither resized nor cropped."""
-    size = picture_size(args)
-    return {"original_size": size, "crop_top_left": (0, 0), "target_size": size}
-
-
-# Copied from train_sspo_sd.WinnerStream
-class WinnerStream(torch.utils.data.IterableDataset):
-    """
-    The endless sequence of epochs, cut into micro-batches for one process.
-
-    The sequence is the same for every layout: `world` x `batch_size` consecutive winners make one micro-batch of all
-    processes, of which this one takes every `world`-th. No row is left over at the end of an epoch, and a data set
-    smaller than a batch simply comes round again. With --on_bad_example skip the place of a winner that cannot be read
-    is taken by the next one of the sequence that can be; that one's own place, and every draw, stays what it is.
-
-    Yields:
-        (examples, cursor): a list of `batch_size` dicts (see Winners.load; a stand-in has `skipped`, why it stands
-        there), and the (epoch, offset) from which a new stream goes on behind this micro-batch. A UserError is
-        yielded, not raised: what is raised in a loader process arrives with its whole traceback.
-    """
-
-    def __init__(self, winners, load, batch_size, rank=0, world=1, cursor=(0, 0)):
-        self.winners, self.load, self.cursor = winners, load, cursor
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __iter__(self):
-        try:
-            yield from self.micro_batches()
-        except UserError as error:
-            yield error, None
-
-    def micro_batches(self):
-        worker = torch.utils.data.get_worker_info()
-        worker, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine, taken = [], 0
-        (sequence,) = itertools.tee(self.sequence(), 1)  # a copy of it can look ahead
-        for epoch, row, example, cursor in sequence:
-            index, slot = divmod(taken, self.world * self.batch_size)
-            taken += 1
-            if index % workers != worker:
-                continue
-            if slot % self.world == self.rank:
-                mine.append(self.serve(epoch, row, example, sequence))
-            if slot == self.world * self.batch_size - 1:
-                yield mine, cursor
-                mine = []
-
-    def serve(self, epoch, row, example, sequence):
-        """The example for one place, or the stand-in that --on_bad_example skip puts there."""
-        place = (epoch, row)
-        try:
-            return self.load(row, example, place)
-        except BadExample as error:
-            if self.winners.args.on_bad_example == "stop":
-                raise stop_at(error) from error
-            reason = str(error)
-        for ahead, row, example, _ in copy.copy(sequence):
-            if ahead > epoch + 1:
-                break
-            with suppress(BadExample):  # it is named when its own place comes
-                return {**self.load(row, example, place), "skipped": reason}
-        raise UserError(f"no winner can be read in a whole epoch, the first because {reason}")
-
-    def sequence(self):
-        epoch, offset = self.cursor
-        while True:
-            found, ties = offset > 0, 0
-            for row, example in self.winners.rows(epoch, offset):
-                offset += 1
-                if self.winners.streaming and not self.winners.has_winner(example):
-                    ties += 1
-                    continue
-                found = True
-                yield epoch, row, example, (epoch, offset)
-            if not found:
-                raise UserError("the data set has no winner: it is empty, or all its pairs are ties")
-            if ties and self.rank == 0:  # of a stream; elsewhere they are counted beforehand
-                logger.logger.info(f"{ties} ties dropped in epoch {epoch}.")
-            epoch, offset = epoch + 1, 0
-
-
-# Copied from train_sspo_sd.stop_at
-def stop_at(error):
-    """What a BadExample says when it stops the run. Without the row the order, and so the run, would be another."""
-    return UserError(f"{error}: mend it, or go on without it by --on_bad_example skip")
-
-
-# Copied from train_sspo_sd.leave_group
-def leave_group(worker):
-    """For loader processes: a signal to the whole group must not take them from the update in flight."""
-    if hasattr(os, "setpgrp"):  # there are no groups on Windows
-        os.setpgrp()
-
-
-# Copied from train_sspo_sd.Loader
-class Loader:
-    """
-    The iterator over this process's micro-batches from `cursor` on; raises the stream's UserErrors.
-
-    `skipped` collects why winners were skipped in the micro-batches that were served.
-    """
-
-    def __init__(self, winners, load, args, accelerator, cursor):
-        self.accelerator, self.skipped, self.named = accelerator, [], set()
-        stream = WinnerStream(
-            winners, load, args.train_batch_size, accelerator.process_index, accelerator.num_processes, cursor
-        )
-        # datasets would deal a stream's shards out to several of them, and so change the order.
-        workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
-        rollout = args.rollout_batch_size // args.train_batch_size  # micro-batches that are asked for at once
-        self.batches = iter(
-            torch.utils.data.DataLoader(
-                stream,
-                batch_size=None,
-                collate_fn=tuple,
-                num_workers=workers,
-                worker_init_fn=leave_group,
-                prefetch_factor=max(math.ceil(rollout / workers), 2) if workers else None,
-            )
-        )
-
-    def __next__(self):
-        examples, cursor = next(self.batches)
-        if isinstance(examples, UserError):
-            raise examples
-        self.skipped += [example.pop("skipped") for example in examples if "skipped" in example]
-        return examples, cursor
-
-    def name_skipped(self):
-        """
-        Names in the log, each once, the winners that were skipped on any process since this was called last.
-
-        Returns:
-            the number of places in the batches that stand-ins took.
-        """
-        count = torch.tensor(float(len(self.skipped)), device=self.accelerator.device)
-        count = int(self.accelerator.reduce(count, "sum"))
-        for reason in gather_object(self.skipped) if count else ():
-            if reason not in self.named:
-                logger.warning(f"Skipped: {reason}.")
-            self.named.add(reason)
-        self.skipped = []
-        return count
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Models. From here to "Policy and reference" is the seam: all that another pipeline does differently.
-# ------------------------------------------------------------------------------------------------------------------
-
+FAMILY = "Stable Diffusion XL"
 PIPELINE = StableDiffusionXLPipeline
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TAGS = ["diffusers", "text-to-image", "stable-diffusion-xl"]
-RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # by which save_result's work is known again
+MODALITY, COLUMNS = "image", ["image", "jpg", "jpeg", "png", "webp"]  # what the winners are, and where
+SIDE_MULTIPLE = 8  # of the height and the width, in pixels
+RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # by which a loader knows a result
+SAMPLES = "png"  # the kind of file in samples/ that the model card shows
+CACHE_KEY = "image_column caption_column resolution center_crop random_flip seed"  # flags that cached rows depend on
+
+
+def add_pipeline_arguments(parser):
+    """Adds the flags that scripts of other pipelines do not have, and sets defaults of this one."""
+    add_picture_arguments(parser)
+    parser.add_argument_group("Stable Diffusion XL").add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="A VAE that runs in half precision, for example madebyollin/sdxl-vae-fp16-fix. Default: the base "
+        "model's own, in fp32.",
+    )
+    parser.set_defaults(resolution=1024, validation_guidance_scale=5.0)
+
+
+# Copied from train_sspo_sd.add_picture_arguments
+def add_picture_arguments(parser):
+    """Adds the flags of the scripts that train on pictures."""
+    add = parser.add_argument_group("pictures").add_argument
+    add("--image_column", help="Default: the first that exists of image, jpg, jpeg, png, webp.")
+    add("--resolution", type=number(int, 1), default=512, help="Side of the square pictures, in pixels.")
+    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror half of the pictures.")
 
 
 @dataclass
 class Models:
-    """The parts of the pipeline. `reference`: its weight for each parameter, or none for the base in LoRA mode."""
+    """
+    The parts of the pipeline.
+
+    `reference` has its weight for each trained parameter, or is empty where the reference is LoRA's base.
+    `adapted_layers` are the layers that carry an adapter. `force_zeros` tells whether the model takes zeros, not the
+    embedding of "", where there is no caption.
+    """
 
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
-    force_zeros: bool  # whether the model takes zeros, not the embedding of "", where there is no caption
+    force_zeros: bool
     vae: AutoencoderKL
     denoiser: UNet2DConditionModel
-    reference: dict | None
     noise_scheduler: DDPMScheduler
+    reference: dict = field(default_factory=dict)
+    adapted_layers: list = field(default_factory=list)
 
     @property
     def encoders(self):
@@ -920,50 +756,33 @@ def vae_source(args):
     """Where the VAE is read from, as from_pretrained's arguments."""
     if args.pretrained_vae_model_name_or_path is not None:
         return dict(pretrained_model_name_or_path=args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
-    return dict(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        subfolder="vae",
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-    )
+    source = dict(revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+    return dict(pretrained_model_name_or_path=args.pretrained_model_name_or_path, subfolder="vae", **source)
 
 
-# Copied from train_sspo_sd.unsuitable
-def unsuitable(args, unet, vae, scheduler):
-    """
-    Why a model with these configurations cannot be trained here, or None.
-
-    A distilled model whose scheduler is that of its base cannot be told from it.
-    """
-    prediction = args.prediction_type or scheduler.get("prediction_type", "epsilon")
+# Copied from train_sspo_sd.check_base
+def check_base(args, unet, vae, scheduler):
+    """Raises UserError for a model that would be trained wrongly, from its configurations, before any weights load."""
+    prediction, problem = args.prediction_type or scheduler.get("prediction_type", "epsilon"), None
     if unet["in_channels"] != vae["latent_channels"]:
-        return "takes more than latents and a caption (an inpainting or depth model?): give a text-to-image model"
-    if unet.get("time_cond_proj_dim") is not None or scheduler["_class_name"] in ("LCMScheduler", "TCDScheduler"):
-        return "is distilled to few steps (LCM or the like), which this training would undo: give the base model"
-    if "beta_start" not in scheduler:
-        return f"has the noise levels of {scheduler['_class_name']}, not of a schedule of betas: it cannot be used"
-    if prediction not in ("epsilon", "v_prediction"):
-        return f"predicts {prediction}, and only epsilon and v_prediction can be trained"
-    trailing = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
-    if trailing and prediction == "epsilon":
-        return (
-            "is distilled to few steps (turbo or lightning, by its trailing timestep_spacing), which this training "
-            "would undo: give the base model, or mend scheduler_config.json if it is none"
-        )
-    return None
+        problem = "takes more than latents and a caption (an inpainting or depth model?): give a text-to-image model"
+    elif unet.get("time_cond_proj_dim") is not None or scheduler["_class_name"] in ("LCMScheduler", "TCDScheduler"):
+        problem = "is distilled to few steps (LCM or the like), which this training would undo: give the base model"
+    elif "beta_start" not in scheduler:
+        problem = f"has the noise levels of {scheduler['_class_name']}, not a schedule of betas: it cannot be used"
+    elif prediction not in ("epsilon", "v_prediction"):
+        problem = f"predicts {prediction}, and only epsilon and v_prediction can be trained"
+    if problem is not None:
+        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} {problem}")
 
 
-def refuse_others(args, pipeline, unet, vae, scheduler):
-    """Raises UserError for a model that this script would train wrongly, from its configurations alone."""
+def check_layout(args, pipeline, unet):
+    """Raises UserError unless these are the configurations of a Stable Diffusion XL base model."""
+    name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if pipeline.get("requires_aesthetics_score") or pipeline.get("text_encoder", [""])[0] is None:
-        what = "is a refiner, which has another conditioning: give the base model"
-    elif "text_encoder_2" not in pipeline or unet.get("addition_embed_type") != "text_time":
-        what = "is not a Stable Diffusion XL pipeline: train_sspo_sd.py is for Stable Diffusion 1.x and 2.x"
-    else:
-        what = unsuitable(args, unet, vae, scheduler)
-    if what is not None:
-        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} {what}")
+        raise UserError(f"{name} is a refiner, which has another conditioning: give the base model")
+    if "text_encoder_2" not in pipeline or unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{name} is not Stable Diffusion XL: train_sspo_sd.py is for Stable Diffusion 1.x and 2.x")
 
 
 def load_models(args, dtype):
@@ -973,38 +792,62 @@ def load_models(args, dtype):
     """
     name = args.pretrained_model_name_or_path
     source = dict(revision=args.revision, cache_dir=args.cache_dir)
-    weights = dict(source, variant=args.variant)
-    trained = torch.float32 if args.train_mode == "full" else dtype
+    weights = dict(source, variant=args.variant, dtype=dtype)
+    trained = weights if args.train_mode == "lora" else dict(weights, dtype=torch.float32)
     vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else dtype
     try:
-        index = PIPELINE.load_config(name, **source)
+        pipeline = PIPELINE.load_config(name, **source)
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **source)
+        check_layout(args, pipeline, unet)
         vae = AutoencoderKL.load_config(**vae_source(args))
-        refuse_others(args, index, unet, vae, DDPMScheduler.load_config(name, subfolder="scheduler", **source))
+        check_base(args, unet, vae, DDPMScheduler.load_config(name, subfolder="scheduler", **source))
         models = Models(
             tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **source),
             tokenizer_2=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer_2", **source),
-            text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **weights),
-            text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-                name, subfolder="text_encoder_2", dtype=dtype, **weights
-            ),
-            force_zeros=index.get("force_zeros_for_empty_prompt", True),
-            vae=AutoencoderKL.from_pretrained(**vae_source(args), torch_dtype=vae_dtype),
-            denoiser=UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=trained, **weights),
-            reference=None,
+            text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **weights),
+            text_encoder_2=CLIPTextModelWithProjection.from_pretrained(name, subfolder="text_encoder_2", **weights),
+            force_zeros=pipeline.get("force_zeros_for_empty_prompt", True),
+            vae=AutoencoderKL.from_pretrained(**vae_source(args), dtype=vae_dtype),
+            denoiser=UNet2DConditionModel.from_pretrained(name, subfolder="unet", **trained),
             noise_scheduler=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **source),
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        mended = args.pretrained_vae_model_name_or_path
-        name += "" if mended is None else f" with --pretrained_vae_model_name_or_path {mended}"
-        raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {reason}") from error
+        if args.pretrained_vae_model_name_or_path is not None:
+            name += f" with --pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
+        raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
     if args.prediction_type is not None:
         models.noise_scheduler.register_to_config(prediction_type=args.prediction_type)
     models.vae.enable_slicing()  # a batch of large pictures would need more memory than all else in a run
     for module in (*models.encoders, models.denoiser):
         module.requires_grad_(False)
     return models
+
+
+# Copied from train_sspo_sd.open_winners
+def open_winners(args):
+    """The data set of winners, its pictures still encoded: one that cannot be read is named when its turn comes."""
+    return undecoded(open_dataset(args), datasets.Image)
+
+
+def read_winner(encoded, args, key):
+    """
+    Decodes one winner and crops it.
+
+    Args:
+        encoded: what the data set holds: a dict of path and bytes, bytes, or a PIL picture.
+        key: of the random draws.
+    Returns:
+        dict of tensors: `pixels` (3, height, width) in -1..1, and `geometry` (see crop_picture). Raises what PIL
+        raises.
+    """
+    pixels, geometry = crop_picture(open_picture(encoded), args, keyed_generator("crop", *key))
+    return {"pixels": pixels, "geometry": geometry}
+
+
+# Copied from train_sspo_sd.picture_size
+def picture_size(args):
+    """Height and width of what is trained on, in pixels."""
+    return args.resolution, args.resolution
 
 
 @torch.no_grad()
@@ -1034,17 +877,22 @@ def encode_prompt(models, captions):
     return [{"prompt_embeds": row, "pooled_prompt_embeds": pool} for row, pool in zip(embeds, pooled)]
 
 
-def collate_condition(prompts, geometries, device):
+def uncropped(args):
+    """What collate_condition takes beside the prompt of a picture that was not cropped: its geometry."""
+    return {"geometry": torch.tensor([*picture_size(args), 0, 0, *picture_size(args)])}
+
+
+def collate_condition(rows, device):
     """
-    The batch of conditions that `predict` takes, from encode_prompt's rows. Tensors have the batch first.
+    The batch of conditions that `predict` takes, the batch first. `rows` are dicts of tensors without it.
 
     `time_ids` are what the model is told of each picture: its size before it was resized, the corner of the crop, and
     its size now. They stay in fp32: bf16 would round 833 pixels to 832.
     """
-    condition = {name: torch.stack([prompt[name] for prompt in prompts]).to(device) for name in prompts[0]}
-    order = ("original_size", "crop_top_left", "target_size")
-    ids = [[*itertools.chain(*(geometry[name] for name in order))] for geometry in geometries]
-    return {**condition, "time_ids": torch.tensor(ids, dtype=torch.float32, device=device)}
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    condition = {name: torch.stack([row[name].to(device) for row in rows]) for name in names}
+    geometries = torch.stack([row["geometry"] for row in rows])
+    return {**condition, "time_ids": geometries.to(device, torch.float32)}
 
 
 def latent_statistics(vae):
@@ -1125,7 +973,7 @@ def trained_in_full(denoiser):
 
 # Copied from train_sspo_sd.checkpoint_gradients
 def checkpoint_gradients(denoiser):
-    """Makes the backward recompute activations instead of keeping them."""
+    """Makes the backward compute activations again instead of keeping them."""
     denoiser.enable_gradient_checkpointing()
 
 
@@ -1148,423 +996,336 @@ def load_denoiser(denoiser, args, directory):
         layers = {key.removeprefix("unet."): value for key, value in layers.items() if key.startswith("unet.")}
         set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers), adapter_name=POLICY)
     else:
-        unet = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", dtype=torch.float32)
         denoiser.load_state_dict(unet.state_dict())
 
 
 def save_result(models, args, directory):
     """Writes what the stock pipeline loads: LoRA weights, or the whole pipeline around the trained UNet."""
     if args.train_mode == "lora":
-        save_denoiser(models.denoiser, args, directory)
-    else:
-        # Everything but the UNet is read again: it may have been cast to half precision for this run.
-        pipeline = PIPELINE.from_pretrained(
-            args.pretrained_model_name_or_path,
-            unet=models.denoiser,
-            torch_dtype=torch.float32,
-            vae=AutoencoderKL.from_pretrained(**vae_source(args)),
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-        )
-        if args.prediction_type is not None:
-            pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
-        pipeline.save_pretrained(directory)
+        return save_denoiser(models.denoiser, args, directory)
+    # Everything but the UNet is read again: it may have been cast to half precision for this run.
+    source = dict(revision=args.revision, variant=args.variant, cache_dir=args.cache_dir, dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(**vae_source(args))
+    pipeline = PIPELINE.from_pretrained(args.pretrained_model_name_or_path, unet=models.denoiser, vae=vae, **source)
+    if args.prediction_type is not None:
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    pipeline.save_pretrained(directory)
+
+
+# Copied from train_sspo_sd.usage
+def usage(args, name):
+    """The lines of Python that load the result called `name`, for the model card."""
+    base = args.pretrained_model_name_or_path if args.train_mode == "lora" else name
+    lines = ["from diffusers import DiffusionPipeline", f'pipeline = DiffusionPipeline.from_pretrained("{base}")']
+    return "\n".join([*lines, f'pipeline.load_lora_weights("{name}")'] if args.train_mode == "lora" else lines)
+
+
+# Copied from train_sspo_sd.write_samples
+def write_samples(rows, args, step, trackers):
+    """Writes samples/step-N.png and hands it to the trackers. `rows` are lists of what decode_latents gives."""
+    grid = make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=len(rows[0]))
+    path = Path(args.output_dir, "samples", f"step-{step}.{SAMPLES}")
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Policy and reference
+# Data: the winners, and the batches that are made of them
 # ------------------------------------------------------------------------------------------------------------------
 
-
-# Copied from train_sspo_sd.prepare_denoisers
-def prepare_denoisers(models, args, device):
-    """
-    Makes the policy trainable and sets the reference beside it.
-
-    LoRA: an adapter on the frozen denoiser. The reference is a second set of the trained weights, in fp32 like the
-    policy's, because a reference in half precision would put rounding noise in the gaps. The denoiser stays in
-    evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch.
-    """
-    denoiser = models.denoiser.to(device)
-    if args.train_mode == "lora":
-        config = LoraConfig(
-            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
-        )
-        denoiser.add_adapter(config, adapter_name=POLICY)
-        cast_training_params(denoiser, torch.float32)
-        for module in denoiser.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
-    else:
-        for parameter in trained_in_full(denoiser):
-            parameter.requires_grad_(True)
-    if args.enable_xformers_memory_efficient_attention:
-        denoiser.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
-        checkpoint_gradients(denoiser)
-    denoiser.eval()
+# Copied from train_sspo_sd.FILE_BUILDERS
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+# Copied from train_sspo_sd.SHUFFLE_BUFFER
+SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
-# Copied from train_sspo_sd.policy_weights
-def policy_weights(models, args):
-    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
-    if args.train_mode == "lora":
-        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
-    else:
-        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.load_reference
-def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
-    if args.train_mode == "lora":
-        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference, device = None, models.denoiser.device  # the old one makes room first
-    parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.exchange_weights
-def exchange_weights(models):
-    """The reference's weights take the place of the policy's, and the other way round. Nothing is copied."""
-    for parameter, weight in models.reference.items():
-        parameter.data, models.reference[parameter] = weight, parameter.data
-
-
-# Copied from train_sspo_sd.as_reference
-@contextmanager
-def as_reference(models, args):
-    """
-    Gives the denoiser with the reference's weights, without gradients.
-
-    It is the policy's denoiser, whose weights are exchanged for that time. This must not happen between the policy's
-    forward and its backward, which needs its own: the reference always goes first. Where the reference is LoRA's base,
-    the denoiser goes without the adapter, which would only cost time: the result is the same to the last bit.
-    """
-    denoiser = models.denoiser
-    if args.train_mode == "lora" and not models.reference:
-        begin, end = denoiser.disable_adapters, denoiser.enable_adapters
-    else:
-        begin = end = functools.partial(exchange_weights, models)
-    begin()
+# Copied from train_sspo_sd.open_dataset
+def open_dataset(args):
+    """The training split of --dataset_name or --train_data_dir. Raises UserError if it cannot be opened."""
+    source = str(args.train_data_dir or args.dataset_name)
+    path = Path(source)
+    if args.train_data_dir and not path.exists():
+        raise UserError(f"--train_data_dir {source} does not exist")
+    if path.is_file() and path.suffix not in FILE_BUILDERS:
+        raise UserError(f"{source} is not a folder, nor one of {', '.join(FILE_BUILDERS)}")
+    options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
     try:
-        with torch.no_grad():
-            yield denoiser
-    finally:
-        end()
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # made by save_to_disk
+            dataset = datasets.load_from_disk(source)
+        elif path.is_file():
+            dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
+        else:
+            dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
+    except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
+        raise UserError(f"the data set {source} cannot be opened: {one_line(error.__cause__ or error)}") from error
+    if isinstance(dataset, dict):
+        if "train" not in dataset and len(dataset) > 1:
+            raise UserError(f"the data set {source} has no split called train, only {', '.join(dataset)}")
+        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+    return dataset.to_iterable_dataset() if args.streaming and isinstance(dataset, datasets.Dataset) else dataset
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Random Checkpoint Replay
-# ------------------------------------------------------------------------------------------------------------------
+# Copied from train_sspo_sd.undecoded
+def undecoded(dataset, kind):
+    """The data set, its features of `kind` (datasets.Image, say) left as they are stored."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.decode(False)
+    for name, feature in dataset.features.items():
+        if isinstance(feature, kind):
+            dataset = dataset.cast_column(name, kind(decode=False))
+    return dataset
 
 
-# Copied from train_sspo_sd.ReplayBank
-class ReplayBank:
+# Copied from train_sspo_sd.Winners
+class Winners:
     """
-    The policy's past, on disk: `iteration-0` is the base, `iteration-k` what it was at the end of the k-th iteration.
+    Winners and their captions, whatever form the data set has.
 
-    Args:
-        directory: where the entries are, as safetensors.
-        size: entries kept, the base included; past it the oldest but the base goes.
-        reference: random (uniform over the entries), latest or initial.
-        seed: of the draws.
+    A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
+    picture of each pair; ties and unlabelled pairs are dropped and counted in the log.
 
-    What an iteration may draw is a function of its number, not of the files: a run that is resumed from an older
-    checkpoint finds the bank of that moment. For that, entries that a checkpoint still needs outlive `size`.
+    Raises UserError if a column is missing or the data set is empty.
     """
 
-    def __init__(self, directory, size, reference="random", seed=0):
-        self.directory, self.size, self.reference, self.seed = Path(directory), size, reference, seed
+    PAIR_COLUMNS = {"jpg_0", "jpg_1", "label_0"}
 
-    def path(self, index):
-        return self.directory / f"iteration-{index}.safetensors"
+    def __init__(self, args):
+        self.args, self.dataset = args, open_winners(args)
+        if args.max_train_samples is not None:
+            self.dataset = self.dataset.take(args.max_train_samples)
+        first = next(self.read(), None)
+        if first is None:
+            raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
+        self.pairs = getattr(args, f"{MODALITY}_column") is None and set(first) >= self.PAIR_COLUMNS
+        self.column = None if self.pairs else self.find_column(MODALITY, COLUMNS, first)
+        self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], first)
+        self.first_caption = str(first[self.caption_column])[:100]  # another data set is told from this one by it
+        if args.streaming:
+            self.dataset = self.dataset.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+        elif self.pairs:
+            labels = self.dataset.select_columns([name for name in first if name in ("label_0", "has_label")])
+            self.dataset = self.dataset.select([i for i, pair in enumerate(labels) if self.has_winner(pair)])
+            logger.info(f"{len(labels) - len(self.dataset)} ties dropped.")
+            if not len(self.dataset):
+                raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
 
-    def live(self, iteration):
-        """The entries that `iteration` (from 1) draws from: the base and the newest of 1..iteration-1."""
-        newest = range(1, iteration)
-        return [0, *newest[max(len(newest) - (self.size - 1), 0) :]]
+    def find_column(self, what, candidates, columns):
+        asked = getattr(self.args, f"{what}_column")
+        for name in [asked] if asked else candidates:
+            if name in columns:
+                return name
+        raise UserError(
+            f"the data set has no column {asked or ' or '.join(candidates)}: it has {', '.join(columns)}; "
+            f"name the one to use with --{what}_column"
+        )
 
-    def draw(self, iteration):
-        """The entry that is the reference of `iteration`; the same on every rank and after a resume."""
-        live = self.live(iteration)
-        if self.reference == "initial":
-            return live[0]
-        if self.reference == "latest":
-            return live[-1]
-        return live[torch.randint(len(live), (), generator=keyed_generator("reference", self.seed, iteration)).item()]
+    def __len__(self):
+        """The number of winners, ties left out. Not known of a data set that is streamed."""
+        return len(self.dataset)
 
-    def check(self, step, last_step, replay_steps):
-        """Raises UserError if an entry that a run draws between these two steps, and does not push itself, is gone."""
-        first = step // replay_steps + 1
-        drawn = {self.draw(iteration) for iteration in range(first, math.ceil(last_step / replay_steps) + 1)}
-        for index in sorted(drawn & set(range(first))):
-            check_whole(self.path(index))
+    def read(self):
+        """Yields the examples in their order. Raises UserError where the data set itself cannot be read."""
+        try:
+            yield from self.dataset
+        except Exception as error:  # as in open_dataset
+            raise UserError(f"the data set cannot be read: {one_line(error.__cause__ or error)}") from error
 
-    @writing("the replay bank")
-    def push(self, index, weights):
-        """Writes entry `index`: beside its place first, so that a crash leaves no half entry."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.path(index).with_suffix(".partial")
-        save_file(weights, partial, metadata={"format": "pt"})
-        os.replace(partial, self.path(index))
+    def has_winner(self, example):
+        """Whether this is a winner by itself, or a pair of which one was preferred."""
+        return not self.pairs or (example["label_0"] in (0, 1) and example.get("has_label", True))
 
-    def load(self, index):
-        """Entry `index`, a dict of CPU tensors. Raises UserError if it is gone."""
-        check_whole(self.path(index))
-        return load_file(self.path(index))
+    def rows(self, epoch, offset):
+        """Yields (row, its example or None) in the order of `epoch`, from the `offset`-th on."""
+        if self.args.streaming:
+            self.dataset.set_epoch(epoch)
+            yield from itertools.islice(enumerate(self.read()), offset, None)
+        else:
+            order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
+            yield from ((row, None) for row in order[offset:].tolist())
 
-    @writing("the replay bank")
-    def evict(self, iterations):
-        """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
-        needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
-        for path in self.directory.glob("iteration-*"):
-            if path not in needed:
-                path.unlink()
+    def load(self, epoch, row, example=None):
+        """
+        One training example: `epoch`, `row`, `caption` and what read_winner gives, keyed by (epoch, row).
+
+        Raises BadExample, naming the winner that cannot be read or the caption that is no text.
+        """
+        example = self.dataset[row] if example is None else example
+        key = (self.args.seed, 0 if self.args.cache_latents else epoch, row)
+        column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.column
+        encoded = example[column]
+        try:
+            winner = read_winner(encoded, self.args, key)
+        except Exception as error:  # PIL raises nearly everything, from struct.error to SyntaxError; so does PyAV
+            name = encoded.get("path") if isinstance(encoded, dict) else encoded if isinstance(encoded, str) else None
+            raise BadExample(
+                f"the {MODALITY} {name or column} in row {row} cannot be read: {one_line(error)}"
+            ) from error
+        caption = example[self.caption_column]
+        if isinstance(caption, (list, np.ndarray)) and len(caption):
+            caption = caption[torch.randint(len(caption), (), generator=keyed_generator("caption", *key)).item()]
+        if isinstance(caption, bytes):
+            caption = caption.decode(errors="replace")
+        if not isinstance(caption, str):
+            raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
+        return dict(epoch=epoch, row=row, caption=caption, **winner)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Self-sampling
-# ------------------------------------------------------------------------------------------------------------------
+# Copied from train_sspo_sd.open_picture
+def open_picture(encoded):
+    """A PIL picture from what a data set holds: a dict of path and bytes, bytes, or a PIL picture. Upright, in RGB."""
+    picture = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded
+    return to_rgb(datasets.Image().decode_example(picture) if isinstance(picture, dict) else picture)
 
 
-# Copied from train_sspo_sd.self_sample
-@torch.no_grad()
-def self_sample(
-    denoiser, scheduler, noise, condition, unconditional, steps, guidance_scale, winners=None, strength=1.0
-):
+# Copied from train_sspo_sd.to_rgb
+def to_rgb(picture):
+    """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+# Copied from train_sspo_sd.crop_picture
+def crop_picture(picture, args, generator):
     """
-    Samples rivals as the stock pipeline would, but keeps them as latents in training space.
+    Resizes the picture until it just covers picture_size, then crops and mirrors as the flags say.
 
-    Args:
-        denoiser: with the reference's weights.
-        scheduler: a diffusers scheduler of the model's noise schedule.
-        noise: (b, ...) standard normal, fp32.
-        condition, unconditional: batches of conditions of length b.
-        steps, guidance_scale: as in the pipeline; a guidance of 1 or less means none.
-        winners, strength: with strength < 1, start from the winners' latents noised to that strength, as
-            image-to-image does, and take only the steps from there on.
     Returns:
-        (b, ...) latents, fp32.
+        pixels (3, height, width) in -1..1, and a tensor of six, the geometry that SDXL is told: original height and
+        width, top and left of the crop in the resized picture, height and width of the crop.
     """
-    guided = guidance_scale > 1
-    both = join_conditions(unconditional, condition) if guided else condition
-    scheduler.set_timesteps(steps)  # left on the CPU: each look at one on the accelerator would wait for its work
-    timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
-    if strength < 1:
-        timesteps = timesteps[-int(steps * strength) * scheduler.order :]
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
-    if strength < 1:
-        latents = scheduler.add_noise(winners, noise, timesteps[:1].expand(len(noise)))
-    for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
-        noisy = torch.cat([latents, latents]) if guided else latents
-        noisy = scheduler.scale_model_input(noisy, timestep)
-        prediction = predict(denoiser, noisy, on_device.expand(len(noisy)), both)
-        if guided:
-            without, with_caption = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_caption - without)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
+    height, width = picture_size(args)
+    original = (picture.height, picture.width)
+    scale = max(height / picture.height, width / picture.width)
+    resized = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    if resized[0] * resized[1] > 2 * Image.MAX_IMAGE_PIXELS:  # PIL's own limit for a picture that is opened
+        raise ValueError(f"{picture.width} x {picture.height} pixels is too long for a crop of {width} x {height}")
+    spare = (resized[0] - width, resized[1] - height)
+    place = torch.rand(2, generator=generator)  # drawn in any case: the flip must not depend on --center_crop
+    left, top = (round(extent * (0.5 if args.center_crop else draw)) for extent, draw in zip(spare, place.tolist()))
+    picture = picture.resize(resized, Image.Resampling.LANCZOS)
+    picture = picture.crop((left, top, left + width, top + height))
+    if args.random_flip and torch.rand((), generator=generator).item() < 0.5:
+        picture = ImageOps.mirror(picture)
+        left = spare[0] - left
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels, torch.tensor([*original, top, left, height, width])
 
 
-# Copied from train_sspo_sd.join_conditions
-def join_conditions(*conditions):
-    """Batches of conditions, one after the other: tensors are concatenated, lists are added."""
-    first = conditions[0]
-    return {
-        name: torch.cat([c[name] for c in conditions])
-        if torch.is_tensor(first[name])
-        else list(itertools.chain(*(c[name] for c in conditions)))
-        for name in first
-    }
-
-
-# Copied from train_sspo_sd.repeat_condition
-def repeat_condition(condition, times):
-    """Each row of a batch of conditions `times` times, in place: a, a, b, b, ..."""
-    return {
-        name: value.repeat_interleave(times, dim=0)
-        if torch.is_tensor(value)
-        else [item for item in value for _ in range(times)]
-        for name, value in condition.items()
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Errors, switch and loss
-# ------------------------------------------------------------------------------------------------------------------
-
-
-# Copied from train_sspo_sd.denoising_errors
-def denoising_errors(denoiser, models, latents, noise, timesteps, condition):
+# Copied from train_sspo_sd.WinnerStream
+class WinnerStream(torch.utils.data.IterableDataset):
     """
-    The error e: mean squared error of the prediction, over all but the batch dimension, in fp32.
+    The endless sequence of epochs, cut into micro-batches for one process.
+
+    The sequence is the same for every layout: `world` x train_batch_size consecutive winners make one micro-batch of
+    all processes, of which this one takes every `world`-th. No row is left over at the end of an epoch, and a data set
+    smaller than a batch simply comes round again. With --on_bad_example skip the sequence does without what cannot be
+    read, so every process has to read all of it: little beside the sampling of the rivals.
 
     Args:
-        latents: (b, ...).
-        noise: (b, draws, ...).
-        timesteps: (b, draws).
-        condition: a batch of conditions of length b.
-    Returns:
-        (b, draws) fp32.
+        load: makes an example of (epoch, row, what Winners.rows gave for it); Winners.load, or LatentCache.load.
+        cursor: the (epoch, offset) to start from.
+    Yields:
+        (examples, cursor): a list of train_batch_size dicts, and the cursor that resumes behind them.
     """
-    draws = noise.shape[1]
-    latents = latents.unsqueeze(1).expand_as(noise).flatten(0, 1)
-    noise, flat_timesteps = noise.flatten(0, 1), timesteps.flatten()
-    noisy = add_noise(models, latents, noise, flat_timesteps)
-    prediction = predict(denoiser, noisy, flat_timesteps, repeat_condition(condition, draws))
-    target = denoising_target(models, latents, noise, flat_timesteps)
-    return (prediction - target.float()).square().flatten(1).mean(1).view(-1, draws)
+
+    def __init__(self, load, winners, args, rank=0, world=1, cursor=(0, 0)):
+        self.load, self.winners, self.args = load, winners, args
+        self.rank, self.world, self.cursor = rank, world, cursor
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        worker, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        size, mine = self.world * self.args.train_batch_size, []
+        for taken, (place, loaded, cursor) in enumerate(self.sequence(in_charge=self.rank == worker == 0)):
+            turn, slot = divmod(taken, size)
+            if turn % workers != worker:
+                continue
+            if slot % self.world == self.rank:
+                mine.append(loaded or self.load(*place))
+            if slot == size - 1:
+                yield mine, cursor
+                mine = []
+
+    def sequence(self, in_charge):
+        """Yields (place, its example if it had to be loaded, cursor behind it). Who is `in_charge` writes the log."""
+        epoch, offset = self.cursor
+        while True:
+            found, ties, loaded = offset > 0, 0, None
+            for row, example in self.winners.rows(epoch, offset):
+                offset += 1
+                if self.args.streaming and not self.winners.has_winner(example):
+                    ties += 1
+                    continue
+                if self.args.on_bad_example == "skip":
+                    loaded = self.load_or_pass(epoch, row, example, in_charge and epoch == self.cursor[0])
+                    if loaded is None:
+                        continue
+                found = True
+                yield (epoch, row, example), loaded, (epoch, offset)
+            if not found:
+                raise UserError("no winner can be used in a whole epoch: all are ties, or cannot be read")
+            if ties and in_charge:
+                logger.logger.info(f"{ties} ties dropped in epoch {epoch}.")
+            epoch, offset = epoch + 1, 0
+
+    def load_or_pass(self, epoch, row, example, named):
+        """The example, or None if it cannot be used, with a warning where it is to be `named`."""
+        try:
+            return self.load(epoch, row, example)
+        except BadExample as error:
+            if named:
+                logger.logger.warning(f"Skipped: {error}.")
 
 
-# Copied from train_sspo_sd.pair_errors
-def pair_errors(denoiser, models, winner, rival, noise, timesteps, condition, split):
-    """
-    The errors of winner and rival, (b, draws) each.
+# Copied from train_sspo_sd.leave_group
+def leave_group(worker):
+    """For loader processes: a signal to the whole group must not take them from the update in flight."""
+    if hasattr(os, "setpgrp"):  # there are no groups on Windows
+        os.setpgrp()
 
-    They are those of one batch, or with `split` of two, of which the first is not kept for the backward but computed
-    again there, when the second's activations are gone. Policy and reference must be split alike: another batch size
-    may round otherwise, and the gaps would not be 0 where they are the same model.
-    """
-    if not split:
-        condition = join_conditions(condition, condition)
-        latents, noise, timesteps = torch.cat([winner, rival]), torch.cat([noise] * 2), torch.cat([timesteps] * 2)
-        return denoising_errors(denoiser, models, latents, noise, timesteps, condition).chunk(2)
-    turns = iter([denoiser, models.denoiser])  # in the backward without data parallel's wrapper: it counts forwards
-    winner_errors = torch.utils.checkpoint.checkpoint(
-        lambda: denoising_errors(next(turns), models, winner, noise, timesteps, condition),
-        use_reentrant=False,
-        preserve_rng_state=False,
+
+# Copied from train_sspo_sd.make_loader
+def make_loader(stream, args):
+    """The iterator over this process's micro-batches (see WinnerStream), loaded ahead by a rollout."""
+    # datasets would deal a stream's shards out to several processes, and so change the order.
+    workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
+    rollout = args.rollout_batch_size // args.train_batch_size  # micro-batches that are asked for at once
+    return iter(
+        torch.utils.data.DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=tuple,
+            num_workers=workers,
+            worker_init_fn=leave_group,
+            prefetch_factor=max(math.ceil(rollout / workers), 2) if workers else None,
+        )
     )
-    return winner_errors, denoising_errors(denoiser, models, rival, noise, timesteps, condition)
-
-
-# Copied from train_sspo_sd.sspo_loss
-def sspo_loss(
-    policy_winner,
-    policy_rival,
-    reference_winner,
-    reference_rival,
-    beta,
-    ssr="sign",
-    rival_weight=1.0,
-    sft_weight=0.0,
-    x=None,
-):
-    """
-    The SSPO loss, -log sigmoid(-beta/2 * [gap_w - s * gap_r]), averaged over examples and draws.
-
-    gap_w = policy_winner - reference_winner, gap_r = policy_rival - reference_rival. The switch s is +1 where
-    x = -gap_w >= 0 (a tie, as at the first update, is no evidence that the rival is a winner) and otherwise -1 for
-    `sign`, 0 for `indicator`, +1 for `none` (arXiv 2410.05255, self-sampling regularization). The factor 1/2 on beta
-    is that of Diffusion-DPO. With draws, x is their mean and s is one decision for the pair.
-
-    Args:
-        policy_winner, policy_rival, reference_winner, reference_rival: denoising errors (see denoising_errors), fp32,
-            each (batch,) or (batch, draws). Only the policy's carry gradients.
-        beta: the strength of the pull to the reference.
-        ssr: sign, indicator or none.
-        rival_weight: factor on s * gap_r; 1 in the paper.
-        sft_weight: adds sft_weight * policy_winner; 0 in the paper.
-        x: a number whose sign decides the switch of every example, in place of each one's own.
-    Returns:
-        the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
-        implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
-    Raises:
-        ValueError: for another ssr.
-    """
-    gap_winner = policy_winner - reference_winner
-    gap_rival = policy_rival - reference_rival
-    if x is None:
-        x = -gap_winner.detach()
-        if x.ndim == 2:
-            x = x.mean(dim=1, keepdim=True)
-    else:
-        x = torch.full_like(gap_winner.detach(), x)
-    if ssr not in ("sign", "indicator", "none"):
-        raise ValueError(f"ssr must be sign, indicator or none, not {ssr}")
-    otherwise = {"sign": -1.0, "indicator": 0.0, "none": 1.0}[ssr]
-    s = torch.where(x >= 0, 1.0, otherwise).to(x.dtype)
-
-    loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
-    loss = (loss + sft_weight * policy_winner).mean()
-
-    told_apart = (gap_rival - gap_winner).detach().sign()  # 1 right, -1 wrong, 0 a tie
-    metrics = {
-        "dpo_fraction": (s == 1).float().mean(),
-        "implicit_accuracy": (told_apart + 1).mean() / 2,
-        "mse/policy_winner": policy_winner.detach().mean(),
-        "mse/policy_rival": policy_rival.detach().mean(),
-        "gap/winner": gap_winner.detach().mean(),
-        "gap/rival": gap_rival.detach().mean(),
-    }
-    return loss, metrics
-
-
-# Copied from train_sspo_sd.training_loss
-def training_loss(policy, models, batch, args, autocast, x=None):
-    """
-    The loss of one micro-batch, with its metrics.
-
-    Args:
-        policy: the denoiser as accelerate wrapped it.
-        batch: see collate; `rival` holds the rivals' latents.
-        autocast: makes the context in which every forward runs, the same for policy and reference.
-        x: see sspo_loss.
-    """
-    winner, keys, condition = batch["winner"], batch["keys"], batch["condition"]
-    noise = keyed_noise("noise", args.seed, keys, (args.draws_per_pair, *winner.shape[1:])).to(winner.device)
-    timesteps = torch.stack(
-        [draw_timesteps(models, keyed_generator("timestep", args.seed, *key), args.draws_per_pair) for key in keys]
-    ).to(winner.device)
-
-    if args.loss_type == "sft":
-        with autocast():
-            errors = denoising_errors(policy, models, winner, noise, timesteps, condition)
-        loss = errors.mean()
-        return loss, {"mse/policy_winner": loss.detach()}
-
-    # The same (t, noise) and the same caption for both halves of a pair.
-    pairs = (winner, batch["rival"], noise, timesteps, condition)
-    with as_reference(models, args) as reference, autocast():
-        reference_winner, reference_rival = pair_errors(reference, models, *pairs, args.split_pairs)
-    with autocast():
-        policy_winner, policy_rival = pair_errors(policy, models, *pairs, args.split_pairs)
-    return sspo_loss(
-        policy_winner,
-        policy_rival,
-        reference_winner,
-        reference_rival,
-        args.beta_dpo,
-        args.ssr,
-        args.rival_weight,
-        args.sft_weight,
-        x,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Batches: encoding, and the cache of what was encoded
-# ------------------------------------------------------------------------------------------------------------------
 
 
 # Copied from train_sspo_sd.encode_examples
 def encode_examples(models, examples):
-    """Replaces the pixels and the caption of each example by latents (`mean`, `std`) and `prompt`, in place."""
-    mean, std = encode_image(models, torch.stack([example.pop("pixels") for example in examples]))
-    prompts = encode_prompt(models, [example.pop("caption") for example in examples])
-    finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1).tolist()
+    """The examples with latents (`mean`, `std`) and encode_prompt's tensors in place of pixels and caption."""
+    mean, std = encode_image(models, torch.stack([example["pixels"] for example in examples]))
+    prompts = encode_prompt(models, [example["caption"] for example in examples])
+    encoded = []
     for i, example in enumerate(examples):
-        if not finite[i]:
+        if not (mean[i].isfinite() & std[i].isfinite()).all():
             raise UserError(
                 f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
                 "precision; try --mixed_precision no or bf16"
             )
-        example.update(mean=mean[i], std=std[i], prompt=prompts[i])
+        kept = {name: value for name, value in example.items() if name not in ("pixels", "caption")}
+        encoded.append({**kept, "mean": mean[i], "std": std[i], **prompts[i]})
+    return encoded
 
 
 # Copied from train_sspo_sd.collate
@@ -1578,27 +1339,38 @@ def collate(examples, empty_prompt, args, device):
     """
     keys = [(example["epoch"], example["row"]) for example in examples]
     mean, std = (torch.stack([example[name] for example in examples]).to(device) for name in ("mean", "std"))
-    noise = keyed_noise("posterior", args.seed, keys, mean.shape[1:]).to(device)
-    prompts = [empty_prompt if example["dropped"] else example["prompt"] for example in examples]
-    geometries = [example["geometry"] for example in examples]
+    unconditional = [{**example, **empty_prompt} for example in examples]
+    draws = [torch.rand((), generator=keyed_generator("dropout", args.seed, *key)).item() for key in keys]
+    captioned = [
+        empty if draw < args.proportion_empty_prompts else example
+        for draw, empty, example in zip(draws, unconditional, examples)
+    ]
     return {
-        "winner": mean + std * noise,
-        "condition": collate_condition(prompts, geometries, device),
-        "unconditional": collate_condition([empty_prompt] * len(examples), geometries, device),
+        "winner": mean + std * keyed_noise("posterior", args.seed, keys, mean.shape[1:]).to(device),
+        "condition": collate_condition(captioned, device),
+        "unconditional": collate_condition(unconditional, device),
         "keys": keys,
     }
 
 
-# Copied from train_sspo_sd.load_rows
-def load_rows(winners, rows):
-    """The examples of `rows` in their first epoch, and of those that are bad the reasons, by row."""
-    examples, bad = [], {}
-    for row in rows:
-        try:
-            examples.append(winners.load(row, row, place=(0, row)))
-        except BadExample as error:  # returned for WinnerStream's reason
-            bad[str(row)] = str(error)
-    return examples, bad
+# Copied from train_sspo_sd.micro_batches
+def micro_batches(batch, size):
+    """Cuts a batch, as `collate` makes it, into pieces of `size` examples."""
+    for start in range(0, len(batch["keys"]), size):
+        piece = slice(start, start + size)
+        yield {
+            name: {k: v[piece] for k, v in value.items()} if isinstance(value, dict) else value[piece]
+            for name, value in batch.items()
+        }
+
+
+# Copied from train_sspo_sd.write_tensors
+def write_tensors(path, tensors, metadata=None):
+    """Writes a safetensors file beside its place and renames it, so that a file that is there is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
+    os.replace(partial, path)
 
 
 # Copied from train_sspo_sd.LatentCache
@@ -1606,90 +1378,69 @@ class LatentCache:
     """
     Encoded winners on disk: files of CHUNK rows, written once, each process its share, and read by memory map.
 
-    A file that is there is complete (it is renamed into its place), so an interrupted run goes on where it stopped.
-    Rows that cannot be read are noted in the files' metadata, with the reason.
+    An interrupted run resumes where it stopped. Rows that cannot be read are noted in the files' metadata.
+
+    Args:
+        key: what the cached rows depend on, beside the flags in CACHE_KEY and the data set.
     """
 
     CHUNK = 64
 
-    def __init__(self, directory, args):
-        self.directory, self.args, self.handles = Path(directory), args, {}
+    def __init__(self, args, winners, key):
+        flags = {name: getattr(args, name) for name in CACHE_KEY.split()}
+        digest = hashlib.sha256(repr((flags, winners.dataset._fingerprint, key)).encode()).hexdigest()
+        self.winners, self.args, self.directory = winners, args, Path(args.output_dir, "cache", digest[:16])
 
     def path(self, row):
         return self.directory / f"rows-{row // self.CHUNK}.safetensors"
 
-    def fill(self, models, winners, accelerator):
-        chunks = range(accelerator.process_index, math.ceil(len(winners) / self.CHUNK), accelerator.num_processes)
-        for chunk in tqdm(chunks, desc="caching latents", disable=not accelerator.is_local_main_process):
-            first = chunk * self.CHUNK
-            with suppress(UserError):
-                check_whole(self.path(first))
-                continue
-            tensors, bad = {}, {}
-            rows = range(first, min(first + self.CHUNK, len(winners)))
-            for examples, reasons in torch.utils.data.DataLoader(
-                rows,
-                self.args.train_batch_size,
-                collate_fn=functools.partial(load_rows, winners),
-                num_workers=self.args.dataloader_num_workers,
-            ):
-                if reasons and self.args.on_bad_example == "stop":
-                    raise stop_at(next(iter(reasons.values())))
-                bad.update(reasons)
-                if examples:
-                    encode_examples(models, examples)
-                for example in examples:
-                    tensors.update(self.flatten(example))
-            self.write(first, tensors, bad)
+    def read(self, rows):
+        """`rows`, their examples, and the reasons of those that are bad, by row."""
+        examples, bad = [], {}
+        for row in rows:
+            try:
+                examples.append(self.winners.load(0, row))
+            except BadExample as error:
+                if self.args.on_bad_example == "stop":
+                    raise
+                bad[str(row)] = str(error)
+        return rows, examples, bad
+
+    def fill(self, models, accelerator):
+        """Encodes those of this process's rows that are missing."""
+        size, total, missing = self.args.train_batch_size, len(self.winners), []
+        for first in range(accelerator.process_index * self.CHUNK, total, accelerator.num_processes * self.CHUNK):
+            rows = range(first, min(first + self.CHUNK, total))
+            if not self.path(first).exists():
+                missing += [rows[i : i + size] for i in range(0, len(rows), size)]
+        loader = torch.utils.data.DataLoader(
+            missing,
+            batch_size=None,
+            collate_fn=self.read,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=leave_group,
+        )
+        encoded, reasons = {}, {}
+        for rows, examples, bad in tqdm(
+            loader, desc="caching latents", disable=not accelerator.is_local_main_process or not missing
+        ):
+            reasons.update(bad)
+            for example in encode_examples(models, examples) if examples else ():
+                row = example["row"]
+                tensors = {f"{row}/{name}": value for name, value in example.items() if torch.is_tensor(value)}
+                encoded.update({name: value.cpu().contiguous() for name, value in tensors.items()})
+            if (rows[-1] + 1) % self.CHUNK == 0 or rows[-1] + 1 == total:
+                write_tensors(self.path(rows[-1]), encoded, reasons)
+                encoded, reasons = {}, {}
         accelerator.wait_for_everyone()
 
-    @writing("the cache of latents")
-    def write(self, row, tensors, bad):
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.path(row).with_suffix(".partial")
-        save_file(tensors, partial, metadata=bad)
-        os.replace(partial, self.path(row))
-
-    @staticmethod
-    def flatten(example):
-        parts = {"mean": example["mean"], "std": example["std"]}
-        parts.update({f"prompt/{name}": value for name, value in example["prompt"].items()})
-        parts.update({f"geometry/{name}": torch.tensor(value) for name, value in example["geometry"].items()})
-        return {f"{example['row']}/{name}": value.cpu().contiguous() for name, value in parts.items()}
-
-    def load(self, row, _, place):
+    def load(self, epoch, row, _=None):
         """The example of Winners.load, already encoded. Raises BadExample if it could not be read."""
-        path = self.path(row)
-        if path not in self.handles:
-            if len(self.handles) == 64:
-                self.handles.clear()  # a large set has more files than a process may keep open
-            file = safe_open(path, "pt")
-            names = {}
-            for key in file.keys():
-                names.setdefault(int(key.split("/", 1)[0]), []).append(key)
-            self.handles[path] = file, names, file.metadata() or {}
-        file, names, bad = self.handles[path]
-        if str(row) in bad:
-            raise BadExample(bad[str(row)])
-        example = {"epoch": place[0], "row": place[1], "dropped": is_dropped(self.args, *place)}
-        for key in names[row]:
-            value, (_, *name) = file.get_tensor(key), key.split("/")
-            if len(name) == 1:
-                example[name[0]] = value
-            else:
-                group, field = name
-                example.setdefault(group, {})[field] = tuple(value.tolist()) if group == "geometry" else value
-        return example
-
-
-# Copied from train_sspo_sd.cache_directory
-def cache_directory(args, winners, dtype):
-    """Where the cache of this data set at these settings belongs, inside output_dir."""
-    names = "pretrained_model_name_or_path revision variant image_column caption_column resolution center_crop "
-    names += "random_flip seed max_train_samples pretrained_vae_model_name_or_path "
-    names += "video_column num_frames frame_stride height width"
-    key = [getattr(args, name, None) for name in names.split()] + [winners.dataset._fingerprint, str(dtype)]
-    return Path(args.output_dir, "cache", hashlib.sha256(repr(key).encode()).hexdigest()[:16])
+        with safe_open(self.path(row), "pt") as file:
+            if str(row) in file.metadata():
+                raise BadExample(file.metadata()[str(row)])
+            names = [name for name in file.keys() if name.startswith(f"{row}/")]
+            return dict(epoch=epoch, row=row, **{name.split("/")[1]: file.get_tensor(name) for name in names})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1703,24 +1454,24 @@ FREE_TO_CHANGE = set(
     "cache_dir dataloader_num_workers on_bad_example rollout_batch_size train_batch_size gradient_accumulation_steps "
     "max_train_steps num_train_epochs gradient_checkpointing split_pairs allow_tf32 "
     "enable_xformers_memory_efficient_attention output_dir checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint validation_prompts validation_steps num_validation_images report_to tracker_project_name "
-    "logging_dir push_to_hub hub_model_id hub_token dataset_name train_data_dir pretrained_model_name_or_path "
-    "pretrained_vae_model_name_or_path motion_adapter_name_or_path".split()
+    "resume_from_checkpoint validation_prompts validation_steps num_validation_images validation_guidance_scale "
+    "report_to tracker_project_name push_to_hub hub_model_id dataset_name train_data_dir "
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path motion_adapter_name_or_path".split()
 )
 
 
 # Copied from train_sspo_sd.run_settings
 def run_settings(args, accelerator, winners):
     """What makes this run what it is, as a checkpoint records it."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    settings["mixed_precision"] = accelerator.mixed_precision
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    settings["--mixed_precision"] = accelerator.mixed_precision
     settings["global batch size"] = (
         args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        settings["max_train_steps"] = args.max_train_steps  # by which the rate falls
+        settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
 
 
@@ -1728,85 +1479,39 @@ def run_settings(args, accelerator, winners):
 def fingerprint(modules):
     """Tells the weights of one model from another's, by some hundred numbers of each tensor: cheap at any size."""
     digest = hashlib.sha256()
-    for weight in itertools.chain(*(module.parameters() for module in modules)):
-        digest.update(weight.detach().flatten()[:: max(weight.numel() // 64, 1)].float().numpy().tobytes())
+    for weight in itertools.chain(*((*module.parameters(), *module.buffers()) for module in modules)):
+        some = weight.detach().flatten()[:: max(weight.numel() // 64, 1)]
+        digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# Copied from train_sspo_sd.replay_directory
-def replay_directory(args):
-    """Where the bank is: beside the checkpoints, which may be deleted while it is needed."""
-    return Path(args.output_dir, "replay")
 
 
 # Copied from train_sspo_sd.list_checkpoints
 def list_checkpoints(output_dir):
-    """The checkpoints in output_dir, the oldest first."""
+    """{number of updates: path} of the checkpoints in output_dir, oldest first. A folder that is there is complete."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
+    return dict(sorted((int(path.name.split("-")[1]), path) for path in found))
 
 
-# Copied from train_sspo_sd.checkpoint_step
-def checkpoint_step(path):
-    """The number of updates behind a checkpoint."""
-    return int(path.name.split("-")[1])
-
-
-# Copied from train_sspo_sd.read_checkpoint
-def read_checkpoint(path, args):
-    """
-    The record of a checkpoint.
-
-    Raises:
-        UserError: if a file of it, or an entry of the replay bank that the run will draw, is gone or cut short.
-    """
-    try:
-        record = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'run.json'} cannot be read") from error
-    for name, size in record.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file} is gone")
-        if file.stat().st_size != size:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, not {size}")
-    settings = record["settings"]
-    if settings["loss_type"] == "sspo":
-        bank = ReplayBank(replay_directory(args), settings["replay_size"], settings["reference"], settings["seed"])
-        bank.check(record["step"], args.max_train_steps, settings["replay_steps"])
-    return record
-
-
-# Copied from train_sspo_sd.newest_checkpoint
-def newest_checkpoint(checkpoints, args):
-    """The newest of `checkpoints` that is whole, and its record. Raises UserError if none is."""
-    reasons = []
-    for path in reversed(checkpoints):
-        try:
-            record = read_checkpoint(path, args)
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        for reason in reasons:
-            logger.warning(f"{reason}: {path.name} is taken instead.")
-        return path, record
-    raise UserError(f"no checkpoint in {args.output_dir} is whole: {reasons[0]}; start anew in another --output_dir")
+# Copied from train_sspo_sd.damaged
+def damaged(checkpoint, error, args):
+    """The UserError for a checkpoint that cannot be read: it names the next older one."""
+    older = [path for path in list_checkpoints(args.output_dir).values() if path != checkpoint]
+    advice = f"try --resume_from_checkpoint {older[-1].name}" if older else "restart in another --output_dir"
+    return UserError(f"{checkpoint} is damaged ({one_line(error)}): {advice}")
 
 
 # Copied from train_sspo_sd.find_checkpoint
-def find_checkpoint(args, settings):
+def find_checkpoint(args):
     """
-    The checkpoint to go on from and its record, or (None, None) for a new run.
+    The checkpoint to resume from and its record, or (None, None) for a new run.
 
-    Raises:
-        UserError: if the one that is asked for is not whole or belongs to a run with other settings, or if a new run
-            would overwrite the results of an old one.
+    Raises UserError if it is not there or damaged, or if a new run would overwrite the results of an old one.
     """
-    checkpoints = list_checkpoints(args.output_dir)
+    checkpoints = list(list_checkpoints(args.output_dir).values())
     if args.resume_from_checkpoint is None:
         if checkpoints or any(Path(args.output_dir, name).exists() for name in RESULTS):
             raise UserError(
-                f"--output_dir {args.output_dir} holds the results of another run: go on with "
+                f"--output_dir {args.output_dir} holds the results of another run: resume it with "
                 "--resume_from_checkpoint latest, or choose another folder"
             )
         return None, None
@@ -1814,32 +1519,26 @@ def find_checkpoint(args, settings):
         if not checkpoints:
             logger.info(f"{args.output_dir} has no checkpoint yet: this is a new run.")
             return None, None
-        checkpoint, record = newest_checkpoint(checkpoints, args)
+        checkpoint = checkpoints[-1]
     else:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not checkpoint.is_dir():
-            checkpoint = Path(args.output_dir, args.resume_from_checkpoint)
-        try:
-            record = read_checkpoint(checkpoint, args)
-        except UserError as error:
-            raise UserError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a complete checkpoint: {error}"
-            ) from error
-    check_settings(checkpoint, record, settings, args)
-    return checkpoint, record
+        places = (Path(args.resume_from_checkpoint), Path(args.output_dir, args.resume_from_checkpoint))
+        checkpoint = next((path for path in places if path.is_dir()), None)
+        if checkpoint is None:
+            raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint")
+    try:
+        return checkpoint, json.loads((checkpoint / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(checkpoint, error, args) from error
 
 
 # Copied from train_sspo_sd.check_settings
-def check_settings(checkpoint, record, settings, args):
+def check_settings(checkpoint, record, settings):
     """Raises UserError if this checkpoint was made with others of these settings."""
     for name, value in settings.items():
-        if name not in record["settings"]:  # of a version that did not have it
-            logger.warning(f"{checkpoint} does not tell {name}: it is taken to have been {value}.")
-        elif record["settings"][name] != value:
-            flag = f"--{name}" if hasattr(args, name) else name
+        if record["settings"].get(name, value) != value:
             raise UserError(
-                f"{checkpoint} was made with {flag} {record['settings'][name]}, not {value}: go on with that, or "
-                "start anew in another --output_dir"
+                f"{checkpoint} was made with {name} {record['settings'][name]}, not {value}: resume with that, or "
+                "restart in another --output_dir"
             )
 
 
@@ -1861,40 +1560,36 @@ def register_checkpoint_hooks(accelerator, models, args):
 
 
 # Copied from train_sspo_sd.load_checkpoint
-def load_checkpoint(accelerator, checkpoint):
-    """
-    Reads what save_checkpoint wrote. Pickles are read for their tensors alone: code in them is refused, not run.
-
-    Raises:
-        UserError: if that is not possible.
-    """
+def load_checkpoint(accelerator, checkpoint, args):
+    """Reads what save_checkpoint wrote. Pickles are read for their tensors alone: code in them is refused, not run."""
     try:
         accelerator.load_state(checkpoint)
     except Exception as error:  # whatever torch, safetensors and diffusers say to damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint} cannot be loaded: {reason}; go on from another checkpoint") from error
+        raise damaged(checkpoint, error, args) from error
     accelerator.step = 0  # it counts micro-batches, and the accumulation may have changed
 
 
 # Copied from train_sspo_sd.save_checkpoint
-@writing("a checkpoint")
 def save_checkpoint(accelerator, args, record):
     """
     Writes checkpoint-N beside its place and renames it, then deletes those past --checkpoints_total_limit.
 
-    Every process takes part: each keeps its own random state.
+    (accelerate's automatic naming deletes the oldest first and writes in place.) Every process takes part: each keeps
+    its own random state.
     """
     final = Path(args.output_dir, f"checkpoint-{record['step']}")
     partial = final.with_suffix(".partial")
-    accelerator.save_state(partial)
+    try:
+        accelerator.save_state(partial)
+    except RuntimeError as error:  # so torch.save calls a full disk
+        raise OSError(f"{partial} cannot be written: {one_line(error)}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-        (partial / "run.json").write_text(json.dumps({**record, "files": files}, indent=1))
+        (partial / "run.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            for old in list(list_checkpoints(args.output_dir).values())[: -args.checkpoints_total_limit]:
                 leftover = old.with_suffix(".partial")  # so that half of a checkpoint never passes for one
                 os.replace(old, leftover)
                 shutil.rmtree(leftover)
@@ -1902,57 +1597,47 @@ def save_checkpoint(accelerator, args, record):
     accelerator.wait_for_everyone()
 
 
-# Copied from train_sspo_sd.StopSignal
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and stop; a second one stops at once."""
-
-    def __init__(self, accelerator):
-        self.number, self.accelerator = 0, accelerator
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        self.number = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self):
-        """The number of the signal, or 0: the same on every process, also if only one of them got it."""
-        number = torch.tensor(float(self.number), device=self.accelerator.device)
-        return int(self.accelerator.gather(number).max())
+# Copied from train_sspo_sd.clean_up
+def clean_up(output_dir, step):
+    """Before output_dir is used again: half-written files go, and of metrics.jsonl what came after `step`."""
+    for leftover in list(Path(output_dir).glob("**/*.partial")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    metrics = Path(output_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []  # one an update
+    partial = metrics.with_suffix(".partial")
+    partial.write_text("".join(lines))
+    os.replace(partial, metrics)
 
 
-# Copied from train_sspo_sd.MetricsFile
-class MetricsFile:
-    """metrics.jsonl: one object an update. On resume, what came after the checkpoint is taken out."""
+# Copied from train_sspo_sd.write_metrics
+def write_metrics(args, metrics):
+    """Adds a line. What is not finite, as grad_norm where fp16 overflows, becomes null: JSON knows no infinity."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    with Path(args.output_dir, "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(finite) + "\n")
 
-    @writing("metrics.jsonl")
-    def __init__(self, path, first_step):
-        lines = []
-        if first_step and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= first_step:
-                        lines.append(line)
-                except ValueError:  # cut short by a crash
-                    break
-        self.path = path
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(partial, path)
 
-    @writing("metrics.jsonl")
-    def write(self, metrics):
-        """Adds a line. What is not finite, as grad_norm where fp16 overflows, becomes null: JSON knows no infinity."""
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+# Copied from train_sspo_sd.catch_signals
+@contextmanager
+def catch_signals(accelerator):
+    """
+    Gives a function that tells which of SIGTERM and SIGINT has come, or 0: the same on every process.
+
+    A second signal ends the process, as signals otherwise do.
+    """
+    caught = [0]
+
+    def receive(number, frame):
+        caught[0] = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: int(accelerator.gather(torch.tensor(float(caught[0]), device=accelerator.device)).max())
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1960,120 +1645,62 @@ class MetricsFile:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-SAMPLES = "png"  # the kind of file in samples/ that the model card shows
-
-
-# Copied from train_sspo_sd.write_samples
-@writing("samples")
-def write_samples(rows, args, step, trackers):
-    """Writes samples/step-N.png and hands it to the trackers. `rows` are lists of what decode_latents gives."""
-    grid = make_image_grid(list(itertools.chain(*rows)), rows=len(rows), cols=len(rows[0]))
-    path = Path(args.output_dir, "samples", f"step-{step}.png")
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
-    for tracker in trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
-
-
-# Copied from train_sspo_sd.Validation
-class Validation:
+# Copied from train_sspo_sd.draw_samples
+@torch.no_grad()
+def draw_samples(models, prompts, empty_prompt, args, accelerator):
     """
-    samples/step-N: a column for each validation prompt, the untouched base's picture above the policy's.
+    Pictures of the validation prompts, by the rivals' sampler and always from the same noise.
 
-    Made with the sampler, the steps and the guidance of the rivals and always from the same noise. To be built before
-    a checkpoint is loaded: for that moment the policy is the base.
+    Returns:
+        --num_validation_images rows, each a list of what decode_latents gives, one for each of `prompts`.
     """
-
-    def __init__(self, models, empty_prompt, args, accelerator):
-        self.models, self.args, self.accelerator = models, args, accelerator
-        count = len(args.validation_prompts)
-        self.keys = [(prompt, image) for image in range(args.num_validation_images) for prompt in range(count)]
-        if accelerator.is_main_process:
-            prompts, shape = encode_prompt(models, args.validation_prompts), latent_shape(models, args)
-            self.noise = keyed_noise("validation", args.seed, self.keys, shape)
-            self.prompts = [prompts[prompt] for prompt, _ in self.keys]
-            self.empty_prompt = empty_prompt
-            self.base = self.sample()
-
-    @torch.no_grad()
-    def sample(self):
-        """One picture for each of `keys`, all prompts in order, then all again for the next image."""
-        models, args, device = self.models, self.args, self.accelerator.device
-        pictures, home = [], models.vae.device
-        models.vae.to(device)  # it may rest on the CPU, if the winners' latents are cached
-        for start in range(0, len(self.keys), args.rollout_batch_size):
-            piece = slice(start, start + args.rollout_batch_size)
-            prompts = self.prompts[piece]
-            geometries = [whole_picture(args)] * len(prompts)
-            with self.accelerator.autocast():
-                latents = self_sample(
-                    models.denoiser,
-                    rollout_scheduler(models, args),
-                    self.noise[piece].to(device),
-                    collate_condition(prompts, geometries, device),
-                    collate_condition([self.empty_prompt] * len(prompts), geometries, device),
-                    args.rollout_steps,
-                    args.rollout_guidance_scale,
-                )
-            pictures += [decode_latents(models, latents[i : i + 1]) for i in range(len(prompts))]
-        models.vae.to(home)
-        return pictures
-
-    def due(self, step):
-        """Whether samples are to be made after update `step`."""
-        return step % self.args.validation_steps == 0 or step == self.args.max_train_steps
-
-    def write(self, step):
-        if self.accelerator.is_main_process:
-            columns, current = len(self.args.validation_prompts), self.sample()
-            rows = [p[i : i + columns] for i in range(0, len(current), columns) for p in (self.base, current)]
-            write_samples(rows, self.args, step, self.accelerator.trackers)
-        self.accelerator.wait_for_everyone()
-
-
-# Copied from train_sspo_sd.usage
-def usage(args):
-    """The lines of Python that load the result, for the model card."""
-    name = args.hub_model_id or Path(args.output_dir).name
-    lines = ["from diffusers import DiffusionPipeline"]
-    if args.train_mode == "lora":
-        lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")')
-        lines.append(f'pipeline.load_lora_weights("{name}")')
-    else:
-        lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{name}")')
-    return "\n".join(lines)
+    device, home, pictures = accelerator.device, models.vae.device, []
+    models.vae.to(device)  # it may rest on the CPU, if the winners' latents are cached
+    places = [(prompt, image) for image in range(args.num_validation_images) for prompt in range(len(prompts))]
+    for start in range(0, len(places), args.rollout_batch_size):
+        piece = places[start : start + args.rollout_batch_size]
+        rows = [{**uncropped(args), **prompts[prompt]} for prompt, _ in piece]
+        with accelerator.autocast():
+            latents = self_sample(
+                models.denoiser,
+                rollout_scheduler(models, args),
+                keyed_noise("validation", args.seed, piece, latent_shape(models, args)).to(device),
+                collate_condition(rows, device),
+                collate_condition([{**row, **empty_prompt} for row in rows], device),
+                args.rollout_steps,
+                args.validation_guidance_scale,
+            )
+        pictures += [decode_latents(models, one) for one in latents.split(1)]
+    models.vae.to(home)
+    return [pictures[i : i + len(prompts)] for i in range(0, len(pictures), len(prompts))]
 
 
 # Copied from train_sspo_sd.write_model_card
-@writing("the model card")
 def write_model_card(args, step, directory):
-    """README.md: what this model is, the command that made it, and its last samples."""
-    lora = args.train_mode == "lora"
-    local = Path(args.pretrained_model_name_or_path).exists()  # the hub takes names of repositories only
+    """README.md: what this model is, the command that made it, how to load it, and its last samples."""
+    base, name = args.pretrained_model_name_or_path, args.hub_model_id or Path(args.output_dir).resolve().name
+    method = "SSPO (Self-Sampling Preference Optimization, arXiv 2410.05255)"
+    if args.loss_type == "sft":
+        method = f"supervised fine-tuning, the baseline of {method}"
     data = ModelCardData(
         library_name="diffusers",
-        base_model=None if local else args.pretrained_model_name_or_path,
-        tags=[*TAGS, args.loss_type, *(["lora"] if lora else [])],
+        base_model=None if Path(base).exists() else base,  # the hub takes names of repositories only
+        tags=[*TAGS, args.loss_type, *(["lora"] if args.train_mode == "lora" else [])],
     )
-    name = "SSPO (Self-Sampling Preference Optimization, arXiv 2410.05255)"
-    method = name if args.loss_type == "sspo" else "supervised fine-tuning, the baseline of " + name
     picture = f"samples/step-{step}.{SAMPLES}"
-    samples = (
-        f"Above the base, below this model, from the same seeds: {'; '.join(args.validation_prompts)}.\n\n"
-        f"![samples]({picture})"
-        if args.validation_prompts and Path(args.output_dir, picture).exists()
-        else "No validation prompts were given."
-    )
+    samples = "No validation prompts were given."
+    if args.validation_prompts and Path(args.output_dir, picture).exists():
+        captions = "; ".join(args.validation_prompts)
+        samples = f"Above the base, below this model, from the same seeds: {captions}.\n\n![samples]({picture})"
     text = f"""---
 {data.to_yaml()}
 ---
-# {Path(args.output_dir).resolve().name}
+# {name}
 
-{args.pretrained_model_name_or_path}, aligned in {step} updates by {method}, train mode {args.train_mode}.
+{base}, aligned in {step} updates by {method}, train mode {args.train_mode}.
 
 ```python
-{usage(args)}
+{usage(args, name)}
 ```
 
 ## Samples
@@ -2088,13 +1715,12 @@ def write_model_card(args, step, directory):
 
 
 # Copied from train_sspo_sd.write_result
-@writing("the result")
 def write_result(models, args, step):
     """
-    Puts the result and its model card into output_dir, in place of those that are there.
+    Puts the result and its model card into output_dir, in place of an older one.
 
-    They are written beside their place and then moved, last of all what a loader knows the result by (RESULTS): so
-    neither half of it nor a mixture of two ever passes for one.
+    Both are written beside their place. What a loader knows a result by (RESULTS) is taken away first and moved last,
+    so that neither half of one nor a mixture of two ever passes for one.
     """
     partial = Path(args.output_dir, "result.partial")
     save_result(models, args, partial)
@@ -2109,32 +1735,21 @@ def write_result(models, args, step):
     partial.rmdir()
 
 
-# Copied from train_sspo_sd.hide_token
-def hide_token(argv):
-    """Takes the hub's token out of a command line, in place: model card and trackers write sys.argv down."""
-    for i, word in enumerate(argv):
-        if word.startswith("--hub_token"):
-            argv[i : i + 1 if "=" in word else i + 2] = ["--hub_token=..."]
-
-
 # Copied from train_sspo_sd.push_to_hub
 def push_to_hub(args):
-    """Uploads the result. Raises UserError if the hub does not take it."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    """Uploads the result, with the login of the machine or HF_TOKEN. Raises UserError if the hub does not take it."""
     try:
-        repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        repository = create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
         upload_folder(
             repo_id=repository,
             folder_path=args.output_dir,
             commit_message="SSPO training",
-            ignore_patterns=["checkpoint-*", "replay/*", "cache/*", f"{args.logging_dir}/*"],
-            token=args.hub_token,
+            ignore_patterns=["checkpoint-*", "replay/*", "cache/*", "logs/*"],
         )
     except Exception as error:  # of the hub, of the network below it, of the token
-        reason = " ".join(str(error).split())[:300]
-        if args.hub_token:
-            reason = reason.replace(args.hub_token, "...")
-        raise UserError(f"the result is in {args.output_dir}, but the hub did not take it: {reason}") from None
+        raise UserError(
+            f"the result is in {args.output_dir}, but the hub did not take it: {one_line(error)}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2144,14 +1759,13 @@ def push_to_hub(args):
 
 # Copied from train_sspo_sd.make_accelerator
 def make_accelerator(args):
-    """Accelerate and the loggers. Raises UserError where the machine is not what accelerate was configured for."""
-    logs = str(Path(args.output_dir, args.logging_dir))
+    """Accelerate and the loggers. Raises UserError where accelerate is configured for what was never tried."""
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=logs),
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
@@ -2159,38 +1773,40 @@ def make_accelerator(args):
             ],
         )
     except ValueError as error:
-        raise UserError(f"accelerate cannot start: {' '.join(str(error).split())}") from error
+        raise UserError(f"accelerate cannot start: {one_line(error)}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type.value}, with which the replay bank was never "
             "run: configure data parallel (MULTI_GPU); --use_8bit_adam and --optimizer adafactor save memory"
         )
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:  # it would compile the policy alone, and rounding would tell it from the reference
+        raise UserError(f"accelerate is configured for the dynamo backend {backend.value}: set it to no")
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
-        if accelerator.is_local_main_process:
-            library.utils.logging.set_verbosity_warning()
-        else:
-            library.utils.logging.set_verbosity_error()
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
 
-# Copied from train_sspo_sd.check_shared
-def check_shared(args, accelerator):
+# Copied from train_sspo_sd.check_output_dir
+def check_output_dir(args, accelerator):
     """
-    Raises UserError, on every process, unless all see the same --output_dir: the bank, the latent cache and the
+    Raises UserError, on every process, unless all can write to one and the same --output_dir: bank, cache and
     checkpoints are written by some processes and read by others.
     """
     (token,) = broadcast_object_list([uuid.uuid4().hex])
-    probe = Path(args.output_dir, f".shared-{token}")
-    if accelerator.is_main_process:
-        probe.touch()
+    probe = Path(args.output_dir, f"{token}.partial")
+    try:
+        probe.mkdir(parents=True, exist_ok=True)
+        Path(probe, str(accelerator.process_index)).touch()
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
     accelerator.wait_for_everyone()
-    seen = accelerator.reduce(torch.tensor(float(probe.exists()), device=accelerator.device), "sum").item()
-    if accelerator.is_main_process:
-        probe.unlink()
+    seen = len(list(probe.iterdir()))
+    accelerator.wait_for_everyone()
+    shutil.rmtree(probe, ignore_errors=True)
     if seen < accelerator.num_processes:
         raise UserError(
             f"--output_dir {args.output_dir} is not the same folder for all processes: name one on a disk that all "
@@ -2198,270 +1814,234 @@ def check_shared(args, accelerator):
         )
 
 
-# Copied from train_sspo_sd.make_optimizer
-def make_optimizer(parameters, args, global_batch):
-    """The optimizer and its schedule, which is stepped once an update."""
-    rate = args.learning_rate * (global_batch if args.scale_lr else 1)
-    if args.optimizer == "adafactor":
-        optimizer = transformers.Adafactor(
-            parameters, lr=rate, weight_decay=args.adam_weight_decay, scale_parameter=False, relative_step=False
-        )
-    else:
-        if args.use_8bit_adam:
-            import bitsandbytes
+# Copied from train_sspo_sd.prepare_denoiser
+def prepare_denoiser(models, args, device):
+    """
+    Makes the policy trainable: an adapter on the frozen denoiser, or its own weights. Raises UserError for xformers.
 
-            adamw = bitsandbytes.optim.AdamW8bit
-        else:
-            adamw = torch.optim.AdamW
+    It stays in evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch. The
+    adapter, and so the reference, is in fp32: a reference in half precision would put rounding noise in the gaps.
+    """
+    denoiser = models.denoiser.to(device)
+    if args.train_mode == "lora":
+        config = LoraConfig(
+            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+        )
+        denoiser.add_adapter(config, adapter_name=POLICY)
+        cast_training_params(denoiser, torch.float32)
+        models.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in models.adapted_layers:
+            layer.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
+    else:
+        for parameter in trained_in_full(denoiser):
+            parameter.requires_grad_(True)
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # what its probe raises where it was built for another torch, CUDA or card
+            raise UserError(
+                f"xformers does not run here ({one_line(error)}): see requirements-xformers.txt, or drop "
+                "--enable_xformers_memory_efficient_attention: PyTorch's own attention saves memory too"
+            ) from error
+    if args.gradient_checkpointing:
+        checkpoint_gradients(denoiser)
+    denoiser.eval()
+
+
+# Copied from train_sspo_sd.make_optimizer
+def make_optimizer(parameters, args):
+    """The optimizer and its schedule, which is stepped once an update."""
+    if args.optimizer == "adafactor":
+        options = dict(weight_decay=args.adam_weight_decay, scale_parameter=False, relative_step=False)
+        optimizer = transformers.Adafactor(parameters, lr=args.learning_rate, **options)
+    else:
+        adamw = torch.optim.AdamW
+        if args.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit as adamw
         optimizer = adamw(
             parameters,
-            lr=rate,
+            lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
         )
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    return optimizer, schedule
-
-
-# Copied from train_sspo_sd.sample_rivals
-def sample_rivals(models, batch, args, autocast):
-    """The rivals of one batch of winners, (b, ...) latents, from the reference."""
-    noise = keyed_noise("rival", args.seed, batch["keys"], batch["winner"].shape[1:]).to(batch["winner"].device)
-    with as_reference(models, args) as reference, autocast():
-        return self_sample(
-            reference,
-            rollout_scheduler(models, args),
-            noise,
-            batch["condition"],
-            batch["unconditional"],
-            args.rollout_steps,
-            args.rollout_guidance_scale,
-            batch["winner"],
-            args.rollout_strength,
-        )
-
-
-# Copied from train_sspo_sd.micro_batches
-def micro_batches(batch, size):
-    """Cuts a batch, as `collate` makes it, into pieces of `size` examples."""
-    for start in range(0, len(batch["keys"]), size):
-        piece = slice(start, start + size)
-        yield {
-            name: {k: v[piece] for k, v in value.items()} if isinstance(value, dict) else value[piece]
-            for name, value in batch.items()
-        }
-
-
-# Copied from train_sspo_sd.update
-def update(policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator, x=None):
-    """
-    One update of the policy: self-sample, errors, switch, loss, step.
-
-    Args:
-        x: what decides the switch for all examples, if not each one's own errors (see sspo_loss).
-    Returns:
-        metrics, a dict of means over the global batch, and the data cursor behind it.
-    Raises:
-        FloatingPointError: if the loss or the gradient is not finite; the policy is left as it was.
-    """
-    device, autocast = accelerator.device, accelerator.autocast
-    totals, rollout_time, started = {}, 0.0, time.perf_counter()
-    group = args.rollout_batch_size // args.train_batch_size  # micro-batches whose rivals are sampled at once
-    for first in range(0, args.gradient_accumulation_steps, group):
-        examples = []
-        for _ in range(min(group, args.gradient_accumulation_steps - first)):
-            loaded, cursor = next(loader)
-            if "pixels" in loaded[0]:
-                encode_examples(models, loaded)
-            examples += loaded
-        batch = collate(examples, empty_prompt, args, device)
-        if args.loss_type == "sspo":
-            rollout_started = time.perf_counter()
-            batch["rival"] = sample_rivals(models, batch, args, autocast)
-            if device.type == "cuda":
-                torch.cuda.synchronize()  # once a rollout, or its time would be booked on the update
-            rollout_time += time.perf_counter() - rollout_started
-        for micro_batch in micro_batches(batch, args.train_batch_size):
-            with accelerator.accumulate(policy):
-                loss, metrics = training_loss(policy, models, micro_batch, args, autocast, x)
-                accelerator.backward(loss)
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
-                    metrics = dict(zip(totals, accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist()))
-                    metrics["lr"], metrics["grad_norm"] = schedule.get_last_lr()[0], float(grad_norm)
-                    check_finite(metrics, accelerator)
-                optimizer.step()
-                optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:
-        schedule.step()
-    metrics["time/rollout"], metrics["time/update"] = rollout_time, time.perf_counter() - started
-    return metrics, cursor
+    steps = dict(num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
 
 
 # Copied from train_sspo_sd.check_finite
-def check_finite(metrics, accelerator):
-    """Raises FloatingPointError before a bad step is taken. In fp16 an overflow is normal: the scaler skips it."""
+def check_finite(step, metrics, args, accelerator):
+    """Raises UserError before a bad step is taken. In fp16 an overflow is normal: the scaler skips it."""
     rescued = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
     if math.isfinite(metrics["loss"]) and (math.isfinite(metrics["grad_norm"]) or rescued):
         return
-    told = ("loss", "grad_norm", "gap/winner", "gap/rival")
-    raise FloatingPointError(", ".join(f"{name} {metrics[name]:.4g}" for name in told if name in metrics))
-
-
-# Copied from train_sspo_sd.not_finite
-def not_finite(step, error, args):
-    """What check_finite's error says when it stops the run."""
-    good = list_checkpoints(args.output_dir)
-    return UserError(
-        f"update {step} is not finite ({error}); the last good checkpoint is {good[-1] if good else 'none'}, to go on "
-        "from if a fault of the machine was the cause; if not, start anew in another --output_dir with a lower "
+    names = ("loss", "grad_norm", "gap/winner", "gap/rival")
+    told = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    good = [str(path) for path in list_checkpoints(args.output_dir).values()]
+    raise UserError(
+        f"update {step} is not finite ({told}); the last good checkpoint is {good[-1] if good else 'none'}, to resume "
+        "from if a fault of the machine was the cause; if not, restart in another --output_dir with a lower "
         "--learning_rate or --beta_dpo"
     )
 
 
-# Copied from train_sspo_sd.train
-def train(policy, models, optimizer, schedule, loader, bank, validation, empty_prompt, record, args, accelerator):
-    """The loop over updates, from record["step"] on. Returns the number of the signal that stopped it, or 0."""
-    step, loaded_reference, sspo = record["step"], None, args.loss_type == "sspo"
-    saved = step
-    if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("*.partial"):  # of a run that was killed
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-        metrics_file = MetricsFile(Path(args.output_dir, "metrics.jsonl"), step)
-        if sspo and step == 0:
-            bank.push(0, policy_weights(models, args))
-    accelerator.wait_for_everyone()
-    if validation is not None and step > 0 and validation.due(step):
-        validation.write(step)  # again: the run may have been killed while it made these samples
-
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
-    )
-    with StopSignal(accelerator) as stop, progress:
-        while step < args.max_train_steps and not stop.agreed():
-            iteration = step // args.replay_steps + 1
-            if sspo and bank.draw(iteration) != loaded_reference:
-                loaded_reference = bank.draw(iteration)
-                load_reference(models, bank.load(loaded_reference), args)
-
-            # Only its sign counts: the sum tells what the mean would. 0 as an iteration starts: no evidence yet.
-            x = record["x"] if args.ssr_scope == "iteration" else None
-            try:
-                metrics, cursor = update(
-                    policy, models, optimizer, schedule, loader, empty_prompt, args, accelerator, x
-                )
-            except FloatingPointError as error:
-                raise not_finite(step + 1, error, args) from error
-            step += 1
-            record.update(step=step, cursor=cursor)
-            if sspo:
-                record["x"] = 0.0 if step % args.replay_steps == 0 else record["x"] - metrics["gap/winner"]
-                metrics["reference/index"] = loaded_reference
-            if args.on_bad_example == "skip":
-                metrics["data/skipped"] = loader.name_skipped()
-            if accelerator.is_main_process:
-                metrics_file.write({"step": step, **metrics})
-            with writing("the tracker's log"):
-                accelerator.log(metrics, step=step)
-            progress.update()
-            shown = {"loss": "loss", "dpo": "dpo_fraction", "gap_w": "gap/winner", "gap_r": "gap/rival"}
-            progress.set_postfix({k: f"{metrics[v]:.3g}" for k, v in shown.items() if v in metrics})
-
-            pushing = sspo and step % args.replay_steps == 0
-            if pushing:
-                if accelerator.is_main_process:
-                    bank.push(iteration, policy_weights(models, args))
-                accelerator.wait_for_everyone()
-            if step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, args, record)
-                saved = step
-            if pushing and accelerator.is_main_process:
-                steps = (step, *map(checkpoint_step, list_checkpoints(args.output_dir)))
-                bank.evict([made // args.replay_steps + 1 for made in steps])
-            if validation is not None and validation.due(step) and not stop.agreed():
-                validation.write(step)
-        signalled = stop.agreed()
-        if signalled and saved != step:
-            save_checkpoint(accelerator, args, record)
-        return signalled
-
-
 # Copied from train_sspo_sd.main
 def main(args):
-    hide_token(sys.argv)
     check_environment(args)
     accelerator = make_accelerator(args)
-    check_shared(args, accelerator)
+    check_output_dir(args, accelerator)
+    device, autocast, sspo = accelerator.device, accelerator.autocast, args.loss_type == "sspo"
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(winners) / global_batch)
+
+    checkpoint, record = find_checkpoint(args)
     settings = run_settings(args, accelerator, winners)
-    checkpoint, record = find_checkpoint(args, settings)
-    accelerator.wait_for_everyone()
+    bank = ReplayBank(Path(args.output_dir, "replay"), args.replay_size, args.reference, args.seed)
+    if checkpoint is None:
+        record = {"step": 0, "cursor": (0, 0)}
+    else:
+        check_settings(checkpoint, record, settings)
+        for index in bank.live(record["step"] // args.replay_steps + 1) if sspo else ():
+            if not bank.path(index).exists():
+                raise UserError(f"{bank.path(index)} is missing: {checkpoint} needs it to resume")
+    accelerator.wait_for_everyone()  # all have looked at the folder before anything is written into it
 
     set_seed(args.seed)  # for the adapters' first weights; every other draw is keyed
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     models = load_models(args, dtype)
-    base = {"base weights": fingerprint([*models.encoders, models.denoiser])}
+    settings["base weights"] = fingerprint([*models.encoders, models.denoiser])
     if checkpoint is not None:
-        check_settings(checkpoint, record, base, args)
-    record = {"step": 0, "cursor": (0, 0), "x": 0.0, **(record or {}), "settings": {**settings, **base}}
+        check_settings(checkpoint, record, settings)
+    record["settings"] = settings
     for module in models.encoders:
-        module.to(accelerator.device)
-    prepare_denoisers(models, args, accelerator.device)
+        module.to(device)
+    prepare_denoiser(models, args, device)
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(trained, args, global_batch)
+    optimizer, schedule = make_optimizer(trained, args)
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
     register_checkpoint_hooks(accelerator, models, args)
 
     empty_prompt = encode_prompt(models, [""])[0]
-    validation = Validation(models, empty_prompt, args, accelerator) if args.validation_prompts else None
-    load = winners.load
+    validating = bool(args.validation_prompts) and accelerator.is_main_process
+    if validating:  # before a checkpoint is loaded: the policy is still the base
+        prompts = encode_prompt(models, args.validation_prompts)
+        base_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
+    load, encode = winners.load, functools.partial(encode_examples, models)
     if args.cache_latents:
-        cache = LatentCache(cache_directory(args, winners, dtype), args)
-        cache.fill(models, winners, accelerator)
-        load = cache.load
+        cache = LatentCache(args, winners, key=(str(dtype), settings["base weights"]))
+        cache.fill(models, accelerator)
+        load, encode = cache.load, list  # what it loads is encoded
         for module in models.encoders:
             module.to("cpu")
-    bank = ReplayBank(replay_directory(args), args.replay_size, args.reference, args.seed)
-    loader = Loader(winners, load, args, accelerator, tuple(record["cursor"]))
-    if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint)
-    if accelerator.is_main_process and args.report_to != "none":
-        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-        config.pop("hub_token")
-        with writing("the tracker's log"):
-            accelerator.init_trackers(args.tracker_project_name, config=config)
-
-    count = "a stream of" if args.streaming else len(winners)
-    ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
-    logger.info(f"{count} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs.")
-    if checkpoint is not None:
-        logger.info(f"Going on from {checkpoint}.")
-    stopped = train(
-        policy, models, optimizer, schedule, loader, bank, validation, empty_prompt, record, args, accelerator
+    stream = WinnerStream(
+        load, winners, args, accelerator.process_index, accelerator.num_processes, tuple(record["cursor"])
     )
+    loader = make_loader(stream, args)
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint, args)
+    if accelerator.is_main_process:
+        clean_up(args.output_dir, record["step"])
+        if sspo and checkpoint is None:
+            bank.push(0, policy_weights(models, args))
+    if args.report_to != "none":
+        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers(args.tracker_project_name, config=config)
+    known = "a stream of" if args.streaming else len(winners)
+    begins = "a new run" if checkpoint is None else f"resumed from {checkpoint}"
+    logger.info(f"{known} winners; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
+
+    step = saved = record["step"]
+    reference = None
+    group = args.rollout_batch_size // args.train_batch_size  # micro-batches whose rivals are sampled at once
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
+    )
+    with catch_signals(accelerator) as signalled, progress:
+        while not (stopped := signalled()):  # all processes meet here, and what the main one wrote is there for all
+            due = step % args.validation_steps == 0 or step == args.max_train_steps
+            if validating and step > 0 and due:  # at the top, so that a run that was killed in it repeats it
+                policy_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
+                rows = [row for pair in zip(base_samples, policy_samples) for row in pair]
+                write_samples(rows, args, step, accelerator.trackers)
+            if step >= args.max_train_steps:
+                break
+            started, rollout_time, totals = time.perf_counter(), 0.0, {}
+
+            # 1. Replay: an iteration takes its reference from the policy's past.
+            iteration = step // args.replay_steps + 1
+            if sspo and bank.draw(iteration) != reference:
+                reference = bank.draw(iteration)
+                load_reference(models, bank.load(reference), args)
+
+            for first in range(0, args.gradient_accumulation_steps, group):
+                examples = []
+                for _ in range(min(group, args.gradient_accumulation_steps - first)):
+                    loaded, record["cursor"] = next(loader)
+                    examples += encode(loaded)
+                batch = collate(examples, empty_prompt, args, device)
+
+                # 2. Self-sample: the reference draws the rivals.
+                if sspo:
+                    rollout_started = time.perf_counter()
+                    batch["rival"] = sample_rivals(models, batch, args, autocast)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()  # once a rollout, or its time would be booked on the update
+                    rollout_time += time.perf_counter() - rollout_started
+
+                for micro_batch in micro_batches(batch, args.train_batch_size):
+                    with accelerator.accumulate(policy):
+                        # 3. Errors, 4. switch, 5. loss.
+                        loss, parts = training_loss(policy, models, micro_batch, args, autocast)
+                        accelerator.backward(loss)
+                        for name, value in {"loss": loss.detach(), **parts}.items():
+                            totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
+                        if accelerator.sync_gradients:
+                            norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                            means = accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist()
+                            metrics = dict(zip(totals, means))
+                            metrics |= {"lr": schedule.get_last_lr()[0], "grad_norm": float(norm)}
+                            check_finite(step + 1, metrics, args, accelerator)
+                        optimizer.step()
+                        optimizer.zero_grad()
+            if not accelerator.optimizer_step_was_skipped:
+                schedule.step()
+
+            step += 1
+            record["step"] = step
+            if sspo:
+                metrics["reference/index"] = reference
+            metrics |= {"time/rollout": rollout_time, "time/update": time.perf_counter() - started}
+            if accelerator.is_main_process:
+                write_metrics(args, {"step": step, **metrics})
+            accelerator.log(metrics, step=step)
+            shown = {"loss": "loss", "dpo": "dpo_fraction", "gap_w": "gap/winner", "gap_r": "gap/rival"}
+            progress.set_postfix({k: f"{metrics[v]:.3g}" for k, v in shown.items() if v in metrics})
+            progress.update()
+
+            # 1. Replay: at the end of an iteration the policy joins its past.
+            pushing = sspo and step % args.replay_steps == 0 and accelerator.is_main_process
+            if pushing:
+                bank.push(iteration, policy_weights(models, args))
+            if step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, args, record)
+                saved = step
+            if pushing:  # only now: the checkpoint that went may have been the last to need an entry
+                bank.evict([made // args.replay_steps + 1 for made in (step, *list_checkpoints(args.output_dir))])
+        if stopped and saved != step:
+            save_checkpoint(accelerator, args, record)
+
     if stopped:
-        logger.info(f"Stopped by a signal; --resume_from_checkpoint latest goes on from update {record['step']}.")
+        logger.info(f"Stopped by a signal; --resume_from_checkpoint latest goes on from update {step}.")
     elif accelerator.is_main_process:
-        write_result(models, args, record["step"])
+        write_result(models, args, step)
         if args.push_to_hub:
             push_to_hub(args)
     accelerator.wait_for_everyone()
     # The wrapped policy must not outlive the process group: gloo's threads and Python would wait for each other.
     policy, optimizer, schedule = accelerator.free_memory(policy, optimizer, schedule)
-    with writing("the tracker's log"):
-        accelerator.end_training()
+    accelerator.end_training()
     if stopped:
         sys.exit(128 + stopped)
 
@@ -2470,6 +2050,12 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[
+            -1
+        ]  # a loader's comes with its traceback
+        advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
+        sys.exit(f"{Path(__file__).name}: {message}{advice}")
+    except (OSError, SafetensorError) as error:  # a full or read-only disk: files are written beside their place
+        sys.exit(f"{Path(__file__).name}: {one_line(error)}; fix it and add --resume_from_checkpoint latest")
     except KeyboardInterrupt:  # before there is anything to save, or the second one
         sys.exit(128 + signal.SIGINT)

@@ -1,6 +1,5 @@
-"""What the tests share: tiny pipelines on disk, a folder of winners, and a way to run a script in this process."""
+"""The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
-import json
 import os
 import signal
 import sys
@@ -9,18 +8,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two shared cores spin on models this small
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ACCELERATE_USE_CPU"] = "1"  # bit-exactness is promised there, also on a machine that has a GPU
 # A shell's background job ignores SIGINT, and so would every run that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import datasets
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-
-import train_sspo_sd
+from helpers import SCRIPTS, Run, flags, run_main
 
 
 torch.set_num_threads(1)
@@ -40,59 +37,60 @@ def sd_v(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """A tiny Stable Diffusion XL pipeline."""
+    return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def motion(tmp_path_factory):
+    """A tiny Stable Diffusion pipeline and a motion adapter for it."""
+    return tiny.animate_diff(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture(scope="session")
 def winners(tmp_path_factory):
     """An imagefolder of eight winners."""
     return tiny.folder_of_winners(tmp_path_factory.mktemp("data") / "winners")
 
 
-class Run:
-    """What a training run left in its output_dir."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    @property
-    def metrics(self):
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-    def column(self, name):
-        return [line[name] for line in self.metrics]
-
-
-def flags(model, data, output, **options):
-    """A command line of a short run; options override its flags, None leaves one out, True is a bare flag."""
-    defaults = dict(
-        pretrained_model_name_or_path=model,
-        train_data_dir=data,
-        output_dir=output,
-        resolution=64,
-        center_crop=True,
-        train_batch_size=2,
-        max_train_steps=4,
-        replay_steps=2,
-        rollout_steps=3,
-        learning_rate=1e-3,
-        checkpointing_steps=100,
-        report_to="none",
-    )
-    words = []
-    for name, value in {**defaults, **options}.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
-    return words
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A videofolder of six clips."""
+    return tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips")
 
 
 @pytest.fixture
-def train(sd, winners, tmp_path):
-    """train(name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run."""
+def trains(request, tmp_path):
+    """
+    trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
+    trains["sdxl"] and trains["video"] with theirs.
+    """
 
-    def run(name="run", script=train_sspo_sd, model=sd, data=winners, **options):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        script.main(script.parse_args(flags(model, data, tmp_path / name, **options)))
-        return Run(tmp_path / name)
+    def trainer(kind):
+        def train(name="run", script=SCRIPTS[kind], model=None, data=None, **options):
+            if kind == "video":
+                base, adapter = request.getfixturevalue("motion")
+                clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
+                model, options = model or base, {**clip, **options}
+            model = model or request.getfixturevalue(kind)
+            data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
+            run_main(script, flags(model, data, tmp_path / name, **options))
+            return Run(tmp_path / name)
 
-    run.directory = tmp_path
-    return run
+        train.directory, train.script = tmp_path, SCRIPTS[kind]
+        return train
+
+    return {kind: trainer(kind) for kind in SCRIPTS}
+
+
+@pytest.fixture
+def train(trains):
+    """trains["sd"]."""
+    return trains["sd"]
+
+
+@pytest.fixture(params=SCRIPTS)
+def each(request, trains):
+    """trains[...] of every script in turn; `each.script` is the module."""
+    return trains[request.param]

@@ -1,0 +1,129 @@
+"""What the tests share: how a script is run, in this process and as users do, and when two runs are the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+import train_sspo_sd
+import train_sspo_sdxl
+import train_sspo_video
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
+ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+class Run:
+    """What a training run left in its output_dir."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    @property
+    def metrics(self):
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def column(self, name):
+        return [line[name] for line in self.metrics]
+
+
+def flags(model, data, output, **options):
+    """A command line of a short run; options override its flags, None or False leaves one out, True is a bare flag."""
+    defaults = dict(
+        pretrained_model_name_or_path=model,
+        train_data_dir=data,
+        output_dir=output,
+        resolution=64,
+        center_crop=True,
+        train_batch_size=2,
+        max_train_steps=4,
+        replay_steps=2,
+        rollout_steps=3,
+        learning_rate=1e-3,
+        checkpointing_steps=100,
+        report_to="none",
+    )
+    words = []
+    for name, value in {**defaults, **options}.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def run_main(script, words):
+    """Runs a script's main in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    script.main(script.parse_args(words))
+
+
+def launch(words, processes=1, script="train_sspo_sd.py"):
+    """Starts a script by `accelerate launch`; two processes talk through gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if processes > 1:
+        command += ["--multi_gpu", "--main_process_port", "0"]  # a free one: tests run side by side
+    command = [str(word) for word in [*command, ROOT / script, *words]]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def forget_result(run):
+    """Takes away what a finished run left, so that it can be resumed without being told that it is there."""
+    for script in SCRIPTS.values():
+        for name in script.RESULTS:
+            (run.path / name).unlink(missing_ok=True)
+
+
+def resumed(train, run, step, **options):
+    """As many updates as `run` made, stopped one update after checkpoint `step` and resumed from there."""
+    total = len(run.metrics)
+    forget_result(train("resumed", **{**options, "max_train_steps": step + 1, "checkpointing_steps": step}))
+    return train("resumed", **{**options, "max_train_steps": total, "resume_from_checkpoint": "latest"})
+
+
+# With an epsilon above the rounding weights can be compared.
+LAYOUT = dict(max_train_steps=6, center_crop=False, random_flip=True, proportion_empty_prompts=0.3, adam_epsilon=1e-5)
+
+
+def assert_same_but_for_rounding(one, other):
+    """
+    Errors to 1e-6 of themselves, weights (the last push to the bank) to 1e-5. A gap is a difference of errors, and the
+    loss has beta / 2 = 1000 of it: of fp32's rounding, 1e-7 in an error, losses carry 1e-4.
+    """
+    assert other.column("reference/index") == one.column("reference/index")
+    for name in ("mse/policy_winner", "mse/policy_rival"):
+        assert other.column(name) == pytest.approx(one.column(name), rel=1e-6)
+    for name in ("gap/winner", "gap/rival"):
+        assert other.column(name) == pytest.approx(one.column(name), abs=2e-7)
+    assert other.column("loss") == pytest.approx(one.column("loss"), abs=2e-4)
+    base, ours, theirs = (
+        load_file(run.path / "replay" / f"iteration-{i}.safetensors") for run, i in ((one, 0), (one, 3), (other, 3))
+    )
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5
+    assert max((ours[name] - base[name]).abs().max() for name in ours) > 1e-3, "they have moved"
+
+
+def assert_same_result(one, other):
+    """Weights, metrics but for the times, and the part of the bank that is drawn from, bit by bit."""
+    record = json.loads(next(iter(sorted(one.path.glob("checkpoint-*/run.json")))).read_text())["settings"]
+    bank = train_sspo_sd.ReplayBank(one.path / "replay", record["--replay_size"])
+    live = [bank.path(index) for index in bank.live(len(one.metrics) // record["--replay_steps"] + 1)]
+    results = [path for path in one.path.rglob("*.safetensors") if not {"replay", "cache"} & set(path.parts[:-1])]
+    for path in [*live, *(path for path in results if "checkpoint-" not in str(path))]:
+        ours, theirs = load_file(path), load_file(other.path / path.relative_to(one.path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), path
+    timeless = [
+        [{k: v for k, v in line.items() if not k.startswith("time/")} for line in run.metrics] for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
