@@ -2,9 +2,9 @@
 
 The model is Stable Diffusion 1.5 at a quarter of its width (UNet of 54 million random weights, text encoder and VAE to
 scale), at 16 x 16 latents. The script's own main runs, in this process, on the accelerator if there is one. What is
-compared takes turns, run by run, so that a machine's moods fall on both. Of the ratios of neighbours the median counts,
-and the lowest and the highest are printed beside it. On a CPU seconds are those that this process computes, whatever
-else the machine does.
+compared takes turns, run by run, so that a machine's moods fall on both. The table has the median of the ratios of
+neighbours, with the lowest and the highest. On a CPU seconds are those that this process computes, whatever else the
+machine does.
 
 What an update is: all that the script does from asking for its data to asking for the next one's, logs included. The
 first update of a run warms up and is left out. Flags are the script's defaults where a line does not say otherwise.
