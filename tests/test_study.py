@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT
+from helpers import ROOT
 
 
 STUDY = ROOT / "examples" / "study"

@@ -297,10 +297,10 @@ def signals_table(places):
             ]
             for rows, chosen in {"all": every, "no switch": [told for told in every if told[0] == "none"]}.items():
                 _, scores, curves = zip(*chosen)
-                told = [np.corrcoef(ranks(scores), ranks(values))[0, 1] for values in zip(*curves)]
                 told = [
-                    "" if rows == "no switch" and name == "dpo_fraction" else f"{value:+.2f}"
-                    for name, value in zip(SIGNALS, told)
+                    # without a switch all have the same dpo_fraction
+                    f"{np.corrcoef(ranks(scores), ranks(values))[0, 1]:+.2f}" if np.ptp(values) else ""
+                    for values in zip(*curves)
                 ]
                 lines.append([place, regime, rows, str(len(chosen)), *told])
     return table(["part, base", "regime", "rows", "runs", *SIGNALS], lines)
