@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, flags
+from conftest import ROOT, flags
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train_sspo_sd as script
 
 
-sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 import benchmark  # noqa: E402
 

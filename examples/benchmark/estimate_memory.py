@@ -302,6 +302,7 @@ def run(family, script, args, memory):
     optimizer.step = memory.during("step", optimizer.step)
     empty_prompt = script.encode_prompt(models, [""])[0]
     prompts = script.encode_prompt(models, args.validation_prompts)
+    script.draw_samples(models, prompts, empty_prompt, args, accelerator)  # of the base
     cached = script.encode_examples(models, make_examples(script, args)) if args.cache_latents else None
     if cached:
         memory.parked = sum(map(size, models.encoders))
@@ -329,7 +330,6 @@ def run(family, script, args, memory):
     if cached:
         memory.parked -= size(models.vae)  # the validation takes it back
     del batch, examples
-    args.rollout_batch_size = args.train_batch_size  # of the one validation prompt
     script.draw_samples(models, prompts, empty_prompt, args, accelerator)
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return {

@@ -1,85 +1,110 @@
 """
-One LoRA update of train_sspo_sdxl.py on a UNet of SDXL's full size (2.6 billion random weights), and its peak memory.
+Two LoRA updates of train_sspo_sdxl.py on a UNet of full size (2.6 billion random weights), and their peak memory.
 
-Not part of the tests: it needs 12 GB in fp32 (7 GB with --mixed_precision bf16) and a minute or two of a CPU.
+The script's own main runs, on pictures of 128x128; only its load_models is replaced, with small text encoders and VAE.
+It needs 12 GB in fp32 (7 GB with --mixed_precision bf16) and some minutes of a CPU. Flags of the script may follow.
 
-    python tests/scale_sdxl.py [--mixed_precision bf16]
+    python examples/benchmark/real_size_sdxl.py [--mixed_precision bf16]
 """
 
-import itertools
+# ruff: noqa: E402
+import json
 import resource
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from estimate_memory import UNETS
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from estimate_memory import CLIP_G, CLIP_L, UNETS, VAE, build
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import train_sspo_sdxl as script
 
 
-def unet(dtype):
-    torch.set_default_dtype(dtype)
-    model = UNet2DConditionModel(**UNETS["sdxl"]).requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    return model
+def small_encoders(dtype):
+    """Tokenizer, text encoder of Stable Diffusion's width, and VAE, as Models names them."""
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples/quickstart/base/tokenizer", model_max_length=77)
+    encoder = build(CLIPTextModel, dtype, CLIPTextConfig(**small(CLIP_L, tokenizer)))
+    vae = build(AutoencoderKL, dtype, **{**VAE, "block_out_channels": (8,) * 4, "norm_num_groups": 4})
+    return dict(tokenizer=tokenizer, text_encoder=encoder, vae=vae)
 
 
-def winners(args):
-    """Encoded winners, as the cache gives them, one by one without end."""
-    for row in itertools.count():
-        yield [example(args, row)], (0, row)
+def small(clip, tokenizer):
+    """A text encoder's configuration of the same width, with two thin layers."""
+    return {**clip, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
 
 
-def example(args, row):
-    mean = torch.randn(4, args.resolution // 8, args.resolution // 8)
-    prompt = {"prompt_embeds": torch.randn(77, 2048), "pooled_prompt_embeds": torch.randn(1280)}
-    geometry = script.whole_picture(args)
-    return dict(epoch=0, row=row, dropped=False, mean=mean, std=mean * 0, prompt=prompt, geometry=geometry)
+def load_models(args, dtype):
+    parts = small_encoders(dtype)
+    second = CLIPTextConfig(**small(CLIP_G, parts["tokenizer"]))
+    models = script.Models(
+        tokenizer_2=parts["tokenizer"],
+        text_encoder_2=build(CLIPTextModelWithProjection, dtype, second),
+        force_zeros=True,
+        denoiser=build(UNet2DConditionModel, dtype, **UNETS["sdxl"]),
+        noise_scheduler=DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        **parts,
+    )
+    tell_size(models.denoiser)
+    return models
+
+
+def tell_size(denoiser):
+    weights = sum(weight.nbytes for weight in denoiser.parameters()) / 2**30
+    print(f"UNet: {denoiser.num_parameters() / 1e9:.2f} billion weights, {weights:.2f} GiB in {denoiser.dtype}")
+    print(f"peak with it {peak():.2f} GiB", flush=True)
 
 
 def peak():
+    """The most resident memory of this process, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main(directory):
-    words = f"--pretrained_model_name_or_path a --train_data_dir b --output_dir {directory} --report_to none "
-    words += "--resolution 128 --train_batch_size 1 --rollout_steps 2 --gradient_checkpointing"
-    args = script.parse_args([*words.split(), *sys.argv[1:]])
-    accelerator = script.make_accelerator(args)
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    imports = peak()
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    unused = dict.fromkeys("tokenizer tokenizer_2 text_encoder text_encoder_2 force_zeros vae reference".split())
-    models = script.Models(denoiser=unet(dtype), noise_scheduler=schedule, **unused)
-    weights = sum(weight.numel() * weight.element_size() for weight in models.denoiser.parameters()) / 2**30
-    print(
-        f"UNet: {models.denoiser.num_parameters() / 1e9:.2f} billion weights, {weights:.2f} GiB in {dtype}", flush=True
-    )
-    print(f"peak with libraries {imports:.2f} GiB, with the UNet {peak():.2f} GiB", flush=True)
+def write_pictures(folder, count=4):
+    folder.mkdir()
+    lines = ["file_name,text"]
+    for i in range(count):
+        Image.effect_noise((160, 128), 60).convert("RGB").save(folder / f"{i}.png")
+        lines.append(f"{i}.png,noise of kind {i}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
 
-    script.prepare_denoisers(models, args, accelerator.device)
-    trained = [weight for weight in models.denoiser.parameters() if weight.requires_grad]
-    optimizer, schedule = script.make_optimizer(trained, args, 1)
-    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
-    bank = script.ReplayBank(Path(directory, "replay"), args.replay_size)
-    bank.push(0, script.policy_weights(models, args))
-    script.load_reference(models, bank.load(0), args)
-    empty_prompt = example(args, 0)["prompt"]
-    for _ in range(2):
-        metrics, _ = script.update(policy, models, optimizer, schedule, winners(args), empty_prompt, args, accelerator)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"update: {told}\npeak {peak():.2f} GiB, {peak() - weights:.2f} GiB beside the weights", flush=True)
-    script.save_denoiser(models.denoiser, args, directory)
-    adapters = sum(weight.numel() for weight in trained)
-    print(f"LoRA: {adapters / 1e6:.1f} million weights; peak after saving {peak():.2f} GiB", flush=True)
+
+def measure(script, load_models, words):
+    """Runs the script's main for two updates, and tells what they needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "run")
+        words = [*words, "--output_dir", str(output), "--max_train_steps", "2", "--report_to", "none"]
+        args = script.parse_args([*words, *sys.argv[1:]])
+        print(f"peak with libraries {peak():.2f} GiB", flush=True)
+        save_result = script.save_result
+
+        def told(models, args, directory):
+            trained = sum(weight.numel() for weight in models.denoiser.parameters() if weight.requires_grad)
+            print(f"{trained / 1e6:.1f} million weights trained; peak after two updates {peak():.2f} GiB", flush=True)
+            save_result(models, args, directory)
+
+        with mock.patch.object(script, "load_models", load_models), mock.patch.object(script, "save_result", told):
+            script.main(args)
+        for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+            print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        print(f"peak after saving {peak():.2f} GiB")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder, "winners"))
+        words = f"--pretrained_model_name_or_path - --train_data_dir {folder}/winners --resolution 128 "
+        words += "--train_batch_size 1 --rollout_steps 2 --gradient_checkpointing"
+        measure(script, load_models, words.split())
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as directory:
-        main(directory)
+    main()
