@@ -110,7 +110,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, make_image_grid
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_unet_state_dict_to_peft,
+    make_image_grid,
+)
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -212,8 +216,9 @@ class ReplayBank:
     def evict(self, iterations):
         """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
         needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
-        for path in set(self.directory.glob("iteration-*")) - needed:
+        for path in set(self.directory.glob("iteration-*.safetensors")) - needed:
             path.unlink()
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its rivals, where they were kept
 
 
 # Copied from train_sspo_sd.policy_weights
@@ -232,9 +237,9 @@ def load_reference(models, weights, args):
     if args.train_mode == "lora":
         adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
         weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference = None  # the old one makes room first
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
     parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(models.denoiser.device) for name, weight in weights.items()}
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
 
 # Copied from train_sspo_sd.as_reference
@@ -375,7 +380,15 @@ def pair_errors(denoiser, models, batch, noise, timesteps, split):
 
 # Copied from train_sspo_sd.sspo_loss
 def sspo_loss(
-    policy_winner, policy_rival, reference_winner, reference_rival, beta, ssr="sign", rival_weight=1.0, sft_weight=0.0
+    policy_winner,
+    policy_rival,
+    reference_winner,
+    reference_rival,
+    beta,
+    ssr="sign",
+    rival_weight=1.0,
+    sft_weight=0.0,
+    unpaired=False,
 ):
     """
     4. Switch and 5. loss: -log sigmoid(-beta/2 * [gap_w - s * gap_r]), averaged over examples and draws.
@@ -385,6 +398,12 @@ def sspo_loss(
     `sign`, 0 for `indicator`, +1 for `none` (arXiv 2410.05255, self-sampling regularization). The factor 1/2 on beta
     is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
 
+    `unpaired` gives each half a term of its own: -log sigmoid(-beta/2 * gap_w) - w * log sigmoid(s * beta/2 * gap_r)
+    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). The paired
+    loss has one factor for both halves, which dies where the rival's gap is large, although the winner may have got
+    worse by then (arXiv 2512.07175). Here such a winner is learned again, and a rival that is far away is no longer
+    pushed. At the first update both forms have the same gradient; this one's loss is (1 + w) ln 2.
+
     Args:
         policy_winner, policy_rival, reference_winner, reference_rival: denoising errors (see denoising_errors), fp32,
             each (batch,) or (batch, draws). Only the policy's carry gradients.
@@ -392,6 +411,7 @@ def sspo_loss(
         ssr: sign, indicator or none.
         rival_weight: factor on s * gap_r; 1 in the paper.
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
+        unpaired: whether each half has its own log-sigmoid.
     Returns:
         the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
         implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
@@ -408,7 +428,10 @@ def sspo_loss(
     s = torch.where(x >= 0, 1.0, {"sign": -1.0, "indicator": 0.0, "none": 1.0}[ssr]).to(x.dtype)
 
     # 5. The loss.
-    loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
+    if unpaired:
+        loss = -F.logsigmoid(-beta / 2 * gap_winner) - rival_weight * s.abs() * F.logsigmoid(s * beta / 2 * gap_rival)
+    else:
+        loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
     loss = (loss + sft_weight * policy_winner).mean()
 
     told_apart = (gap_rival - gap_winner).detach().sign()  # 1 right, -1 wrong, 0 a tie
@@ -446,7 +469,9 @@ def training_loss(policy, models, batch, args, autocast):
         reference_errors = pair_errors(reference, models, batch, noise, timesteps, args.split_pairs)
     with autocast():
         policy_errors = pair_errors(policy, models, batch, noise, timesteps, args.split_pairs)
-    return sspo_loss(*policy_errors, *reference_errors, args.beta_dpo, args.ssr, args.rival_weight, args.sft_weight)
+    return sspo_loss(
+        *policy_errors, *reference_errors, args.beta_dpo, args.ssr, args.rival_weight, args.sft_weight, args.unpaired
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -487,6 +512,7 @@ def number(kind, least, most=math.inf, above=False):
     return convert
 
 
+# fmt: off
 # Copied from train_sspo_sd.add_shared_arguments
 def add_shared_arguments(parser):
     """Adds the flags that every SSPO script has. Names are those of the other diffusers scripts where they exist."""
@@ -498,8 +524,8 @@ def add_shared_arguments(parser):
     add("--revision", help="Branch, tag or commit of the base model on the hub.")
     add("--variant", help="Variant of the base model's files, for example fp16.")
     add("--cache_dir", help="Where downloaded models and data sets are kept.")
-    predictions = ["epsilon", "v_prediction"]
-    add("--prediction_type", choices=predictions, help="What the model predicts, if its scheduler says it wrongly.")
+    add("--prediction_type", choices=["epsilon", "v_prediction"],
+        help="What the model predicts, if its scheduler's configuration says it wrongly.")
 
     add = parser.add_argument_group("winners").add_argument
     add("--dataset_name", help="Hub name or local path of a data set of winners.")
@@ -508,85 +534,57 @@ def add_shared_arguments(parser):
     add("--caption_column", help="Default: the first that exists of text, caption, txt, prompt.")
     add("--max_train_samples", type=natural, help="Use only the first so many rows.")
     add("--streaming", action="store_true", help="Read the data set as it goes, with one loader process a rank.")
-    dropped = "Share of pairs whose caption is dropped, for the winner and the rival alike."
-    add("--proportion_empty_prompts", type=share, default=0.0, help=dropped)
+    add("--proportion_empty_prompts", type=share, default=0.0,
+        help="Share of pairs whose caption is dropped, for the winner and the rival alike.")
     add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that load winners, a rank.")
-    add(
-        "--on_bad_example",
-        choices=["stop", "skip"],
-        default="stop",
-        help="What a winner that cannot be read does. skip: the log names it, and the run does without it.",
-    )
-    add(
-        "--cache_latents",
-        action="store_true",
+    add("--on_bad_example", choices=["stop", "skip"], default="stop",
+        help="What a winner that cannot be read does. skip: the log names it, and the run does without it.")
+    add("--cache_latents", action="store_true",
         help="Encode winners and captions once, to disk, and take the VAE and the text encoder off the accelerator. "
-        "Crop and flip are then drawn once a row instead of once an epoch.",
-    )
+        "Crop and flip are then drawn once a row instead of once an epoch.")
 
     add = parser.add_argument_group("SSPO").add_argument
-    add(
-        "--train_mode",
-        choices=["lora", "full"],
-        default="lora",
-        help="lora: adapters on the attention layers. full: every trainable weight, as in the paper.",
-    )
-    add(
-        "--loss_type",
-        choices=["sspo", "sft"],
-        default="sspo",
-        help="sft is the baseline: the plain denoising loss on the winners, with no reference and no sampling.",
-    )
+    add("--train_mode", choices=["lora", "full"], default="lora",
+        help="lora: adapters on the attention layers. full: every trainable weight, as in the paper.")
+    add("--loss_type", choices=["sspo", "sft"], default="sspo",
+        help="sft is the baseline: the plain denoising loss on the winners, with no reference and no sampling.")
     add("--beta_dpo", type=positive, default=2000.0, help="Strength of the pull to the reference.")
-    add(
-        "--ssr",
-        choices=["sign", "indicator", "none"],
-        default="sign",
+    add("--ssr", choices=["sign", "indicator", "none"], default="sign",
         help="s where the reference predicts the winner better than the policy: -1 (sign: the rival is learned too), "
-        "0 (indicator: only the winner is) or +1 (none: no switch).",
-    )
-    add(
-        "--reference",
-        choices=["random", "latest", "initial"],
-        default="random",
-        help="Which checkpoint of the bank an iteration takes. random is SSPO.",
-    )
-    add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
-    kept = "Checkpoints kept in the bank, the base included. Past it the oldest but the base goes."
-    add("--replay_size", type=natural, default=8, help=kept)
-    add("--rollout_steps", type=natural, default=20, help="Sampler steps of a rival, and of validation pictures.")
-    add(
-        "--rollout_guidance_scale",
-        type=float,
-        default=1.0,
-        help="Guidance of the rivals; 1 or less means none, which halves the cost and is the reference's own "
-        "distribution. The paper does not tell its sampler.",
-    )
-    add("--rollout_scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
-    add(
-        "--rollout_batch_size",
-        type=natural,
-        help="Rivals sampled at once, a multiple of --train_batch_size. Default: train_batch_size x "
-        "gradient_accumulation_steps, at most 16.",
-    )
-    add(
-        "--rollout_strength",
-        type=number(float, 0, 1, above=True),
-        default=1.0,
-        help="Below 1 the rival starts from the winner noised to this strength, not from pure noise: closer rivals, "
-        "fewer sampler steps.",
-    )
-    add(
-        "--draws_per_pair",
-        type=natural,
-        default=1,
-        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
-        "needs the memory of a batch so many times as large.",
-    )
+        "0 (indicator: only the winner is) or +1 (none: no switch).")
+    add("--unpaired", action="store_true",
+        help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
+        "learned where the rival is far away. Wants a lower --beta_dpo, such as 200.")
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
     add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
+    add("--draws_per_pair", type=natural, default=1,
+        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
+        "needs the memory of a batch so many times as large.")
+    add("--reference", choices=["random", "latest", "initial"], default="random",
+        help="Which checkpoint of the bank an iteration takes. random is SSPO.")
+    add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
+    add("--replay_size", type=natural, default=8,
+        help="Checkpoints kept in the bank, the base included. Past it the oldest but the base goes.")
+    add("--rivals", choices=["self", "given"], default="self",
+        help="self: sampled by the reference. given: the losers of the data's pairs, and nothing is sampled; with "
+        "--reference initial --ssr none this is Diffusion-DPO.")
+    add("--rivals_per_winner", type=natural,
+        help="Different rivals of a winner for one reference, kept on disk and used again. Default: no limit. With "
+        "few winners it saves most of the sampling. Needs --cache_latents.")
+    add("--rollout_steps", type=natural, default=20, help="Sampler steps of a rival, and of validation pictures.")
+    add("--rollout_guidance_scale", type=float, default=1.0,
+        help="Guidance of the rivals; 1 or less means none, which halves the cost and is the reference's own "
+        "distribution. The paper does not tell its sampler.")
+    add("--rollout_scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
+    add("--rollout_batch_size", type=natural,
+        help="Rivals sampled at once, a multiple of --train_batch_size. Default: train_batch_size x "
+        "gradient_accumulation_steps, at most 16.")
+    add("--rollout_strength", type=number(float, 0, 1, above=True), default=1.0,
+        help="Below 1 the rival starts from the winner noised to this strength, not from pure noise: closer rivals, "
+        "fewer sampler steps.")
     add("--rank", type=natural, default=8, help="Rank of the LoRA adapters.")
     add("--lora_alpha", type=positive, help="Scale of the adapters, times the rank. Default: the rank.")
+    add("--lora_layers", help="Layers that get adapters, comma separated. Default: to_q,to_k,to_v,to_out.0.")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=0, help="Every random draw follows from it, on any layout of hardware.")
@@ -595,29 +593,25 @@ def add_shared_arguments(parser):
     add("--max_train_steps", type=natural, help="Updates. Default: 210, the paper's seven iterations.")
     add("--num_train_epochs", type=natural, help="Passes over the winners, without --max_train_steps.")
     add("--gradient_checkpointing", action="store_true", help="Less memory for a slower backward.")
-    add(
-        "--split_pairs",
-        action="store_true",
+    add("--split_pairs", action="store_true",
         help="Winners and rivals go through the model one after the other: half the memory of activations, for half a "
-        "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.",
-    )
+        "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.")
     add("--learning_rate", type=positive, default=1e-5, help="Peak learning rate.")
-    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    add("--lr_scheduler", choices=schedules, default="constant", help="Schedule of the rate.")
+    add("--lr_scheduler", default="constant", help="Schedule of the rate.",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
     add("--lr_warmup_steps", type=not_negative, default=0, help="Updates of warm-up.")
-    optimizers = ["adamw", "adafactor"]
-    add("--optimizer", choices=optimizers, default="adamw", help="Adafactor needs the least memory.")
+    add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="Adafactor needs the least memory.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the first moment.")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the second moment.")
     add("--adam_weight_decay", type=float, default=1e-2, help="Weight decay, Adafactor's too.")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
     add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
-    precision = "Default: as accelerate is configured. Errors and loss are fp32 in any case."
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help=precision)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="Default: as accelerate is configured. Errors and loss are fp32 in any case.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    attention = "xformers in place of PyTorch's own attention, which saves memory too. CUDA only."
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help=attention)
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="xformers in place of PyTorch's own attention, which saves memory too. CUDA only.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sspo-model", help="Where all that a run leaves is written.")
@@ -632,6 +626,7 @@ def add_shared_arguments(parser):
     add("--tracker_project_name", default="sspo", help="Name of the project in the tracker.")
     add("--push_to_hub", action="store_true", help="Upload the result when the run ends.")
     add("--hub_model_id", help="Repository to push to. Default: the name of output_dir.")
+# fmt: on
 
 
 # Copied from train_sspo_sd.parse_args
@@ -677,6 +672,12 @@ def check_args(args):
         raise UserError(
             f"--rollout_strength {args.rollout_strength} leaves none of {args.rollout_steps} sampler steps"
         )
+    if args.rivals_per_winner is not None and (args.rivals != "self" or args.rollout_strength < 1):
+        raise UserError(
+            "--rivals_per_winner keeps what is sampled from noise: drop it, or --rivals and --rollout_strength"
+        )
+    if args.rivals_per_winner is not None and not args.cache_latents:
+        raise UserError("--rivals_per_winner needs --cache_latents: else crops and captions differ between the epochs")
     if args.streaming and args.cache_latents:
         raise UserError("--cache_latents needs the whole data set: drop it, or --streaming")
     if args.streaming and args.max_train_steps is None:
@@ -689,15 +690,13 @@ def check_args(args):
 def check_environment(args):
     """Raises UserError where a package or a device that a flag needs is missing."""
     xformers = "--enable_xformers_memory_efficient_attention"
-    packages = {
-        "--use_8bit_adam": "bitsandbytes" if args.use_8bit_adam else None,
-        xformers: "xformers" if args.enable_xformers_memory_efficient_attention else None,
-        f"--report_to {args.report_to}": args.report_to if args.report_to in ("tensorboard", "wandb") else None,
-    }
-    for flag, package in packages.items():
-        if package is not None and importlib.util.find_spec(package) is None:
+    asked = {"--use_8bit_adam": args.use_8bit_adam and "bitsandbytes"}
+    asked[xformers] = args.enable_xformers_memory_efficient_attention and "xformers"
+    asked[f"--report_to {args.report_to}"] = args.report_to in ("tensorboard", "wandb") and args.report_to
+    for flag, package in asked.items():
+        if package and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is missing: pip install {package}")
-    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+    if asked[xformers] and not torch.cuda.is_available():
         raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
@@ -709,14 +708,16 @@ def check_environment(args):
 
 FAMILY = "AnimateDiff"
 PIPELINE = AnimateDiffPipeline
-LORA_TARGETS = r".*motion_modules.*\.(to_q|to_k|to_v|to_out\.0)"  # the names alone would hit the image model too
 TAGS = ["diffusers", "text-to-video", "animatediff"]
 MODALITY, COLUMNS = "video", ["video", "mp4", "webm", "mkv", "avi"]  # what the winners are, and where
+PAIR_COLUMNS = ("video_0", "video_1")  # of a data set of pairs
 SIDE_MULTIPLE = 8  # of the height and the width, in pixels
-RESULTS = ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")  # by which a loader knows it
+# What a loader knows a result by.
+RESULTS = ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
 SAMPLES = "gif"  # the kind of file in samples/ that the model card shows
-# Flags that cached rows depend on.
-CACHE_KEY = "video_column caption_column resolution height width num_frames frame_stride center_crop random_flip seed"
+# What cached rows depend on.
+CACHE_KEY = "video_column caption_column rivals resolution height width num_frames frame_stride center_crop "
+CACHE_KEY += "random_flip seed"
 FRAMES_PER_SECOND = 8  # of what is written
 STRIP = 8  # frames of a clip in its strip, at most
 VAE_FRAMES = 8  # frames that the VAE takes at once
@@ -878,7 +879,7 @@ def open_winners(args):
     table = magictime_table(args.train_data_dir) if args.train_data_dir else None
     if table is not None:
         return table.to_iterable_dataset() if args.streaming else table
-    return undecoded(open_dataset(args), datasets.Video)
+    return open_dataset(args, datasets.Video)
 
 
 def magictime_table(source):
@@ -1091,6 +1092,12 @@ def rollout_scheduler(models, args):
     return kind.from_config(models.noise_scheduler.config)
 
 
+def lora_targets(args):
+    """The modules that get adapters, as peft takes them: the names alone would hit the image model too."""
+    layers = (args.lora_layers or "to_q,to_k,to_v,to_out.0").split(",")
+    return rf".*motion_modules.*\.({'|'.join(re.escape(layer.strip()) for layer in layers)})"
+
+
 def trained_in_full(denoiser):
     """The parameters that --train_mode full trains: those of the motion modules."""
     return [weight for name, weight in denoiser.named_parameters() if ".motion_modules." in name]
@@ -1216,8 +1223,12 @@ SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --stre
 
 
 # Copied from train_sspo_sd.open_dataset
-def open_dataset(args):
-    """The training split of --dataset_name or --train_data_dir. Raises UserError if it cannot be opened."""
+def open_dataset(args, kind):
+    """
+    The training split of --dataset_name or --train_data_dir, features of `kind` (datasets.Image, say) left encoded.
+
+    Raises UserError if it cannot be opened.
+    """
     source = str(args.train_data_dir or args.dataset_name)
     path = Path(source)
     if args.train_data_dir and not path.exists():
@@ -1238,14 +1249,8 @@ def open_dataset(args):
         if "train" not in dataset and len(dataset) > 1:
             raise UserError(f"the data set {source} has no split called train, only {', '.join(dataset)}")
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
-    return dataset.to_iterable_dataset() if args.streaming and isinstance(dataset, datasets.Dataset) else dataset
-
-
-# Copied from train_sspo_sd.undecoded
-def undecoded(dataset, kind):
-    """The data set, its features of `kind` (datasets.Image, say) left as they are stored."""
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.decode(False)
+    if args.streaming:
+        return (dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset).decode(False)
     for name, feature in dataset.features.items():
         if isinstance(feature, kind):
             dataset = dataset.cast_column(name, kind(decode=False))
@@ -1258,21 +1263,25 @@ class Winners:
     Winners and their captions, whatever form the data set has.
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair; ties and unlabelled pairs are dropped and counted in the log.
+    picture of each pair, and with --rivals given the other one as its rival. Ties and unlabelled pairs are dropped;
+    `ties` counts them (of a stream the log does, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
     """
 
-    PAIR_COLUMNS = {"jpg_0", "jpg_1", "label_0"}
-
     def __init__(self, args):
-        self.args, self.dataset = args, open_winners(args)
+        self.args, self.dataset, self.ties = args, open_winners(args), 0
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
-        first = next(self.read(), None)
+        first = next(self.examples(), None)
         if first is None:
             raise UserError(f"the data set {args.train_data_dir or args.dataset_name} is empty")
-        self.pairs = getattr(args, f"{MODALITY}_column") is None and set(first) >= self.PAIR_COLUMNS
+        self.pairs = getattr(args, f"{MODALITY}_column") is None and set(first) >= {*PAIR_COLUMNS, "label_0"}
+        if args.rivals == "given" and not self.pairs:
+            raise UserError(
+                f"--rivals given needs the columns {', '.join(PAIR_COLUMNS)} and label_0: the data set has "
+                f"{', '.join(first)}"
+            )
         self.column = None if self.pairs else self.find_column(MODALITY, COLUMNS, first)
         self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], first)
         self.first_caption = str(first[self.caption_column])[:100]  # another data set is told from this one by it
@@ -1281,7 +1290,7 @@ class Winners:
         elif self.pairs:
             labels = self.dataset.select_columns([name for name in first if name in ("label_0", "has_label")])
             self.dataset = self.dataset.select([i for i, pair in enumerate(labels) if self.has_winner(pair)])
-            logger.info(f"{len(labels) - len(self.dataset)} ties dropped.")
+            self.ties = len(labels) - len(self.dataset)
             if not len(self.dataset):
                 raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
 
@@ -1299,7 +1308,7 @@ class Winners:
         """The number of winners, ties left out. Not known of a data set that is streamed."""
         return len(self.dataset)
 
-    def read(self):
+    def examples(self):
         """Yields the examples in their order. Raises UserError where the data set itself cannot be read."""
         try:
             yield from self.dataset
@@ -1314,28 +1323,39 @@ class Winners:
         """Yields (row, its example or None) in the order of `epoch`, from the `offset`-th on."""
         if self.args.streaming:
             self.dataset.set_epoch(epoch)
-            yield from itertools.islice(enumerate(self.read()), offset, None)
+            yield from itertools.islice(enumerate(self.examples()), offset, None)
         else:
             order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
             yield from ((row, None) for row in order[offset:].tolist())
 
     def load(self, epoch, row, example=None):
         """
-        One training example: `epoch`, `row`, `caption` and what read_winner gives, keyed by (epoch, row).
+        One training example: `epoch`, `row`, `caption`, what read_winner gives, keyed by (epoch, row), and with
+        --rivals given `rival_pixels`, cropped and mirrored as the winner's.
 
         Raises BadExample, naming the winner that cannot be read or the caption that is no text.
         """
         example = self.dataset[row] if example is None else example
         key = (self.args.seed, 0 if self.args.cache_latents else epoch, row)
-        column = ("jpg_0" if example["label_0"] == 1 else "jpg_1") if self.pairs else self.column
+        loser, winner = PAIR_COLUMNS if self.pairs else (None, self.column)
+        if self.pairs and example["label_0"] == 1:
+            loser, winner = winner, loser
+        loaded = {"epoch": epoch, "row": row, **self.read(example, winner, row, key)}
+        if self.args.rivals == "given":
+            loaded["rival_pixels"] = self.read(example, loser, row, key)["pixels"]
+        return {**loaded, "caption": self.caption(example, row, key)}
+
+    def read(self, example, column, row, key):
         encoded = example[column]
         try:
-            winner = read_winner(encoded, self.args, key)
+            return read_winner(encoded, self.args, key)
         except Exception as error:  # PIL raises nearly everything, from struct.error to SyntaxError; so does PyAV
             name = encoded.get("path") if isinstance(encoded, dict) else encoded if isinstance(encoded, str) else None
             raise BadExample(
                 f"the {MODALITY} {name or column} in row {row} cannot be read: {one_line(error)}"
             ) from error
+
+    def caption(self, example, row, key):
         caption = example[self.caption_column]
         if isinstance(caption, (list, np.ndarray)) and len(caption):
             caption = caption[torch.randint(len(caption), (), generator=keyed_generator("caption", *key)).item()]
@@ -1343,7 +1363,7 @@ class Winners:
             caption = caption.decode(errors="replace")
         if not isinstance(caption, str):
             raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
-        return dict(epoch=epoch, row=row, caption=caption, **winner)
+        return caption
 
 
 # Copied from train_sspo_sd.to_rgb
@@ -1478,18 +1498,25 @@ def make_loader(stream, args):
 
 # Copied from train_sspo_sd.encode_examples
 def encode_examples(models, examples):
-    """The examples with latents (`mean`, `std`) and encode_prompt's tensors in place of pixels and caption."""
-    mean, std = encode_image(models, torch.stack([example["pixels"] for example in examples]))
+    """
+    The examples with latents (`mean`, `std`; `rival_mean`, `rival_std` of given rivals) and encode_prompt's tensors in
+    place of pixels and caption. Raises UserError for latents that are not finite.
+    """
     prompts = encode_prompt(models, [example["caption"] for example in examples])
-    encoded = []
-    for i, example in enumerate(examples):
-        if not (mean[i].isfinite() & std[i].isfinite()).all():
-            raise UserError(
-                f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
-                "precision; try --mixed_precision no or bf16"
-            )
-        kept = {name: value for name, value in example.items() if name not in ("pixels", "caption")}
-        encoded.append({**kept, "mean": mean[i], "std": std[i], **prompts[i]})
+    replaced = ("pixels", "rival_pixels", "caption")
+    encoded = [
+        {**{name: value for name, value in example.items() if name not in replaced}, **prompt}
+        for example, prompt in zip(examples, prompts)
+    ]
+    for half in ("", "rival_") if "rival_pixels" in examples[0] else ("",):
+        mean, std = encode_image(models, torch.stack([example[f"{half}pixels"] for example in examples]))
+        for i, example in enumerate(encoded):
+            if not (mean[i].isfinite() & std[i].isfinite()).all():
+                raise UserError(
+                    f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
+                    "precision; try --mixed_precision no or bf16"
+                )
+            example.update({f"{half}mean": mean[i], f"{half}std": std[i]})
     return encoded
 
 
@@ -1499,34 +1526,44 @@ def collate(examples, empty_prompt, args, device):
     One batch from encoded examples.
 
     Returns:
-        dict with `winner` (b, ...) latents sampled from the VAE's posterior, `condition` and `unconditional` for
-        guidance, and `keys`, the (epoch, row) that every draw of an example is keyed by.
+        dict with `winner` (b, ...) latents sampled from the VAE's posterior, given rivals as `rival` likewise,
+        `condition` and `unconditional` for guidance, `dropped` (whether an example goes without its caption), and
+        `keys`, the (epoch, row) that every draw of an example is keyed by.
     """
+
+    def posterior(half, purpose):
+        mean, std = (torch.stack([e[half + name] for e in examples]).to(device) for name in ("mean", "std"))
+        return mean + std * keyed_noise(purpose, args.seed, keys, mean.shape[1:]).to(device)
+
     keys = [(example["epoch"], example["row"]) for example in examples]
-    mean, std = (torch.stack([example[name] for example in examples]).to(device) for name in ("mean", "std"))
     unconditional = [{**example, **empty_prompt} for example in examples]
     draws = [torch.rand((), generator=keyed_generator("dropout", args.seed, *key)).item() for key in keys]
-    captioned = [
-        empty if draw < args.proportion_empty_prompts else example
-        for draw, empty, example in zip(draws, unconditional, examples)
-    ]
-    return {
-        "winner": mean + std * keyed_noise("posterior", args.seed, keys, mean.shape[1:]).to(device),
-        "condition": collate_condition(captioned, device),
+    dropped = [draw < args.proportion_empty_prompts for draw in draws]
+    rows = [empty if drop else example for drop, empty, example in zip(dropped, unconditional, examples)]
+    batch = {
+        "winner": posterior("", "posterior"),
+        "condition": collate_condition(rows, device),
         "unconditional": collate_condition(unconditional, device),
+        "dropped": dropped,
         "keys": keys,
     }
+    if "rival_mean" in examples[0]:  # its condition is the winner's: a pair differs in its latents alone
+        batch["rival"] = posterior("rival_", "rival posterior")
+    return batch
+
+
+# Copied from train_sspo_sd.pick
+def pick(batch, rows):
+    """The examples `rows`, a slice or a list, of a batch as `collate` makes it."""
+    if isinstance(batch, dict):
+        return {name: pick(value, rows) for name, value in batch.items()}
+    return batch[rows] if torch.is_tensor(batch) or isinstance(rows, slice) else [batch[row] for row in rows]
 
 
 # Copied from train_sspo_sd.micro_batches
 def micro_batches(batch, size):
     """Cuts a batch, as `collate` makes it, into pieces of `size` examples."""
-    for start in range(0, len(batch["keys"]), size):
-        piece = slice(start, start + size)
-        yield {
-            name: {k: v[piece] for k, v in value.items()} if isinstance(value, dict) else value[piece]
-            for name, value in batch.items()
-        }
+    return [pick(batch, slice(start, start + size)) for start in range(0, len(batch["keys"]), size)]
 
 
 # Copied from train_sspo_sd.write_tensors
@@ -1536,6 +1573,33 @@ def write_tensors(path, tensors, metadata=None):
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
     os.replace(partial, path)
+
+
+# Copied from train_sspo_sd.RivalCache
+class RivalCache:
+    """
+    The rivals that --rivals_per_winner uses again: a file each, in a folder for each reference beside its entry in the
+    bank, with which it goes. 64 KiB a rival of Stable Diffusion 1.5 at 512 x 512.
+
+    The rival of row r in epoch e is number j = e mod rivals_per_winner, keyed by (reference, r, j). Each process keeps
+    its own: what another sampled in a batch of another size may differ in its last bit.
+    """
+
+    def __init__(self, bank, args, rank):
+        self.bank, self.args, self.folder = bank, args, f"rank-{rank}"
+
+    def sample(self, reference, models, batch, autocast):
+        """2. Self-sample, but for the rivals that are there: (b, ...) latents."""
+        keys = [(reference, row, epoch % self.args.rivals_per_winner) for epoch, row in batch["keys"]]
+        folder = self.bank.path(reference).with_suffix("") / self.folder
+        names = [f"row-{row}-{j}{'-uncaptioned' * drop}" for (_, row, j), drop in zip(keys, batch["dropped"])]
+        paths = [folder / f"{name}.safetensors" for name in names]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        if missing:
+            rivals = sample_rivals(models, pick({**batch, "keys": keys}, missing), self.args, autocast)
+            for i, rival in zip(missing, rivals.cpu()):
+                write_tensors(paths[i], {"rival": rival.contiguous()})
+        return torch.stack([load_file(path)["rival"] for path in paths]).to(batch["winner"].device)
 
 
 # Copied from train_sspo_sd.LatentCache
@@ -1764,9 +1828,14 @@ def save_checkpoint(accelerator, args, record):
 
 # Copied from train_sspo_sd.clean_up
 def clean_up(output_dir, step):
-    """Before output_dir is used again: half-written files go, and of metrics.jsonl what came after `step`."""
+    """
+    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and of
+    metrics.jsonl what came after `step`.
+    """
     for leftover in list(Path(output_dir).glob("**/*.partial")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if step == 0:
+        shutil.rmtree(Path(output_dir, "replay"), ignore_errors=True)
     metrics = Path(output_dir, "metrics.jsonl")
     lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []  # one an update
     partial = metrics.with_suffix(".partial")
@@ -1845,38 +1914,20 @@ def write_model_card(args, step, directory):
     """README.md: what this model is, the command that made it, how to load it, and its last samples."""
     base, name = args.pretrained_model_name_or_path, args.hub_model_id or Path(args.output_dir).resolve().name
     method = "SSPO (Self-Sampling Preference Optimization, arXiv 2410.05255)"
-    if args.loss_type == "sft":
-        method = f"supervised fine-tuning, the baseline of {method}"
+    method = f"supervised fine-tuning, the baseline of {method}" if args.loss_type == "sft" else method
     data = ModelCardData(
         library_name="diffusers",
         base_model=None if Path(base).exists() else base,  # the hub takes names of repositories only
         tags=[*TAGS, args.loss_type, *(["lora"] if args.train_mode == "lora" else [])],
     )
-    picture = f"samples/step-{step}.{SAMPLES}"
-    samples = "No validation prompts were given."
+    samples, picture = "No validation prompts were given.", f"samples/step-{step}.{SAMPLES}"
     if args.validation_prompts and Path(args.output_dir, picture).exists():
         captions = "; ".join(args.validation_prompts)
         samples = f"Above the base, below this model, from the same seeds: {captions}.\n\n![samples]({picture})"
-    text = f"""---
-{data.to_yaml()}
----
-# {name}
-
-{base}, aligned in {step} updates by {method}, train mode {args.train_mode}.
-
-```python
-{usage(args, name)}
-```
-
-## Samples
-{samples}
-
-## Command
-```bash
-{shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]])}
-```
-"""
-    ModelCard(text).save(Path(directory, "README.md"))
+    command = shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *sys.argv[1:]])
+    text = f"# {name}\n\n{base}, aligned in {step} updates by {method}, train mode {args.train_mode}.\n\n"
+    text += f"```python\n{usage(args, name)}\n```\n\n## Samples\n{samples}\n\n## Command\n```bash\n{command}\n```\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(directory, "README.md"))
 
 
 # Copied from train_sspo_sd.write_result
@@ -1982,7 +2033,7 @@ def check_output_dir(args, accelerator):
 # Copied from train_sspo_sd.prepare_denoiser
 def prepare_denoiser(models, args, device):
     """
-    Makes the policy trainable: an adapter on the frozen denoiser, or its own weights. Raises UserError for xformers.
+    Makes the policy trainable: an adapter on the frozen denoiser, or its own weights.
 
     It stays in evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch. The
     adapter, and so the reference, is in fp32: a reference in half precision would put rounding noise in the gaps.
@@ -1990,9 +2041,12 @@ def prepare_denoiser(models, args, device):
     denoiser = models.denoiser.to(device)
     if args.train_mode == "lora":
         config = LoraConfig(
-            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+            r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=lora_targets(args)
         )
-        denoiser.add_adapter(config, adapter_name=POLICY)
+        try:
+            denoiser.add_adapter(config, adapter_name=POLICY)
+        except ValueError as error:
+            raise UserError(f"--lora_layers {args.lora_layers} cannot be had: {one_line(error)}") from error
         cast_training_params(denoiser, torch.float32)
         models.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         for layer in models.adapted_layers:
@@ -2104,6 +2158,7 @@ def main(args):
         load, winners, args, accelerator.process_index, accelerator.num_processes, tuple(record["cursor"])
     )
     loader = make_loader(stream, args)
+    kept_rivals = RivalCache(bank, args, accelerator.process_index)
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint, args)
     if accelerator.is_main_process:
@@ -2114,8 +2169,9 @@ def main(args):
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config=config)
     known = "a stream of" if args.streaming else len(winners)
+    ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
     begins = "a new run" if checkpoint is None else f"resumed from {checkpoint}"
-    logger.info(f"{known} winners; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
+    logger.info(f"{known} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
 
     step = saved = record["step"]
     reference = None
@@ -2148,9 +2204,12 @@ def main(args):
                 batch = collate(examples, empty_prompt, args, device)
 
                 # 2. Self-sample: the reference draws the rivals.
-                if sspo:
+                if sspo and args.rivals == "self":
                     rollout_started = time.perf_counter()
-                    batch["rival"] = sample_rivals(models, batch, args, autocast)
+                    if args.rivals_per_winner is None:
+                        batch["rival"] = sample_rivals(models, batch, args, autocast)
+                    else:
+                        batch["rival"] = kept_rivals.sample(reference, models, batch, autocast)
                     if device.type == "cuda":
                         torch.cuda.synchronize()  # once a rollout, or its time would be booked on the update
                     rollout_time += time.perf_counter() - rollout_started

@@ -1,7 +1,6 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -59,13 +58,6 @@ def winners(tmp_path_factory):
 def clips(tmp_path_factory):
     """A videofolder of six clips."""
     return tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips")
-
-
-def notices(stderr):
-    """The lines that a program left on stderr beside its progress bars and the scripts' log."""
-    lines = [line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", stderr)]
-    wanted = r".*\[\d+:\d\d[<,].*\]|\d\d:\d\d:\d\d - train_sspo_\w+ - .*"
-    return [line for line in lines if line and not re.fullmatch(wanted, line)]
 
 
 @pytest.fixture

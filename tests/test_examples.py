@@ -1,14 +1,12 @@
 """The embedded model is what its README says: small, drawn by the stock pipeline, recognised by the scorer."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, notices
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, MotionAdapter, StableDiffusionPipeline
+from helpers import ROOT, newcomer, notices
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -82,9 +80,8 @@ def quickstart(tmp_path_factory):
 
 
 def run(command):
-    """What a newcomer's command prints. On stderr there must be nothing but progress bars and the log."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    """What the command prints. On stderr there must be nothing but progress bars and the log."""
+    result = newcomer(command)
     assert result.returncode == 0, result.stderr
     assert not notices(result.stderr)
     return result.stdout

@@ -4,7 +4,7 @@
 
 The image model stays frozen; noise levels are AnimateDiff's linear ones. Half of the clips flicker (see clips.py), and
 no caption says so: base and adapter together make both kinds. The weights are averaged over the last steps and saved
-in fp16. Killed and started again, the training goes on where it last saved.
+in fp16. Killed and started again, the training resumes where it last saved.
 
 The base's tokenizer cuts words like "moving" into pieces that no emoji's name has. Nobody trained their embeddings,
 which are so faint that the image model feels no difference between "left" and "right"; and the motion modules know the
