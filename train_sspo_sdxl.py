@@ -67,6 +67,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+
+# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import datasets
 import diffusers
 import numpy as np
@@ -208,27 +213,6 @@ class ReplayBank:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its rivals, where they were kept
 
 
-# Copied from train_sspo_sd.policy_weights
-def policy_weights(models, args):
-    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
-    if args.train_mode == "lora":
-        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
-    else:
-        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.load_reference
-def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
-    if args.train_mode == "lora":
-        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference, device = None, models.denoiser.device  # the old one makes room first
-    parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
-
-
 # Copied from train_sspo_sd.as_reference
 @contextmanager
 def as_reference(models):
@@ -307,18 +291,10 @@ def sample_rivals(models, batch, args, autocast):
     """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
     winners = batch["winner"]
     noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
     with as_reference(models) as reference, autocast():
-        return self_sample(
-            reference,
-            rollout_scheduler(models, args),
-            noise,
-            batch["condition"],
-            batch["unconditional"],
-            args.rollout_steps,
-            args.rollout_guidance_scale,
-            winners,
-            args.rollout_strength,
-        )
+        scheduler = rollout_scheduler(models, args)
+        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
 
 
 # Copied from train_sspo_sd.denoising_errors
@@ -1917,6 +1893,27 @@ def prepare_denoiser(models, args, device):
     if args.gradient_checkpointing:
         checkpoint_gradients(denoiser)
     denoiser.eval()
+
+
+# Copied from train_sspo_sd.policy_weights
+def policy_weights(models, args):
+    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
+    if args.train_mode == "lora":
+        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
+    else:
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.load_reference
+def load_reference(models, weights, args):
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    if args.train_mode == "lora":
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
 
 # Copied from train_sspo_sd.make_optimizer

@@ -39,11 +39,8 @@ whose motion modules are trained (LoRA on their attention, or every weight of th
 are means over all of that, and one timestep is drawn for a clip. The noise schedule is the linear one that motion
 adapters are trained with, whatever the image model's says. Winners are read by PyAV, in the loader's processes.
 
---rollout_strength is more than a saving where winners are real clips. They may be told almost at once from rivals
-sampled from pure noise; implicit_accuracy is then near 1 from the start, the loss sinks on differences that say little
-about quality, and samples stop improving (arXiv 2506.03517, appendix C.4). Rivals that start from the winner itself,
-noised to a strength of 0.7, share its layout, so that what is compared is how it moves. Watch that metric to know: in
-the small example of examples/quickstart it was no higher with 1.0 than with 0.7.
+--rollout_strength 0.7 is worth a try where winners are real clips: they may be told at once from rivals that were
+sampled from pure noise (arXiv 2506.03517, appendix C.4). implicit_accuracy is then near 1 from the start.
 
     accelerate launch train_sspo_video.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -75,6 +72,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+
+# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import av
 import datasets
@@ -221,27 +223,6 @@ class ReplayBank:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its rivals, where they were kept
 
 
-# Copied from train_sspo_sd.policy_weights
-def policy_weights(models, args):
-    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
-    if args.train_mode == "lora":
-        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
-    else:
-        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.load_reference
-def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
-    if args.train_mode == "lora":
-        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference, device = None, models.denoiser.device  # the old one makes room first
-    parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
-
-
 # Copied from train_sspo_sd.as_reference
 @contextmanager
 def as_reference(models):
@@ -320,18 +301,10 @@ def sample_rivals(models, batch, args, autocast):
     """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
     winners = batch["winner"]
     noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
     with as_reference(models) as reference, autocast():
-        return self_sample(
-            reference,
-            rollout_scheduler(models, args),
-            noise,
-            batch["condition"],
-            batch["unconditional"],
-            args.rollout_steps,
-            args.rollout_guidance_scale,
-            winners,
-            args.rollout_strength,
-        )
+        scheduler = rollout_scheduler(models, args)
+        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
 
 
 # Copied from train_sspo_sd.denoising_errors
@@ -2065,6 +2038,27 @@ def prepare_denoiser(models, args, device):
     if args.gradient_checkpointing:
         checkpoint_gradients(denoiser)
     denoiser.eval()
+
+
+# Copied from train_sspo_sd.policy_weights
+def policy_weights(models, args):
+    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
+    if args.train_mode == "lora":
+        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
+    else:
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.load_reference
+def load_reference(models, weights, args):
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    if args.train_mode == "lora":
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
 
 # Copied from train_sspo_sd.make_optimizer
