@@ -284,7 +284,7 @@ def test_the_readme_is_short_and_loads_what_a_run_leaves(train, sd, tmp_path, mo
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 160
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert [len(block.splitlines()) for block in blocks] == [5, 4]
+    assert [sum(map(bool, block.splitlines())) for block in blocks] == [5, 4]
     monkeypatch.chdir(tmp_path)
     for mode, block in zip(("lora", "full"), blocks):
         run = train(mode, train_mode=mode, max_train_steps=1, rollout_steps=1, replay_steps=1)
@@ -368,6 +368,16 @@ def test_pins_are_the_same_everywhere():
         header = dict(re.findall(r'^#     "([\w-]+)(.*)",$', script.read_text(), re.MULTILINE))
         assert all(pins[name] == pin for name, pin in header.items() if name != "torch"), script.name
         assert '# requires-python = ">=3.11"' in script.read_text()
+
+
+@pytest.mark.parametrize("target", sorted(make_targets() - {"clean"}))
+def test_what_make_would_run_exists(target):
+    """`make help` names each target, and what its recipe calls is there."""
+    assert f"make {target} " in (ROOT / "Makefile").read_text() or target == "help"
+    recipe = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    named = re.findall(r"(?:examples|tests|utils)/[\w./-]+|requirements\.txt", recipe)
+    assert target == "help" or named or "pytest" in recipe
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 @pytest.mark.parametrize("layout", [dict(GPUS=1), dict(GPUS=8), dict(GPUS=8, MACHINES=8, RANK=3, ADDRESS="10.0.0.1")])

@@ -84,6 +84,7 @@ def expected_calls(args):
 
     This is the cost that docs/method.md tells: the sampler's steps on the rollout batch, which guidance doubles, then
     for each micro-batch reference and policy on winners and rivals, and with --split_pairs the policy once more.
+    Where --rivals_per_winner finds rivals kept, it is less.
     """
     micro_batches, b = args.gradient_accumulation_steps, args.train_batch_size
     if args.loss_type == "sft":
@@ -93,7 +94,8 @@ def expected_calls(args):
     pair = 5 * [b * args.draws_per_pair] if args.split_pairs else 2 * [2 * b * args.draws_per_pair]
     for first in range(0, micro_batches, group):
         sampled = min(group, micro_batches - first)
-        calls += steps * [guided * sampled * b] + sampled * pair
+        calls += steps * [guided * sampled * b] if args.rivals == "self" else []
+        calls += sampled * pair
     return calls
 
 
