@@ -3,6 +3,8 @@
 import sys
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import MotionAdapter
 from helpers import ROOT
 
 
@@ -56,3 +58,36 @@ def test_the_formula_of_an_updates_calls():
     assert benchmark.expected_calls(args) == 5 * [8] + 4 * [12] + 5 * [4] + 2 * [12], "guidance doubles the latents"
     args.split_pairs, args.gradient_accumulation_steps = True, 1
     assert benchmark.expected_calls(args) == 5 * [4] + 5 * [6]
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "video"])
+def test_real_size_runs_train_and_tell_their_peak(kind, monkeypatch, capsys):
+    """On a UNet of their layout with narrow layers."""
+    import real_size_sdxl
+    import real_size_video
+
+    width, heads = (32, 64, 64), (1, 2, 2)
+    narrow = {"block_out_channels": width, "attention_head_dim": heads, "transformer_layers_per_block": 1}
+    if kind == "video":
+        narrow = {"block_out_channels": (32, *width), "num_attention_heads": 2}
+        adapter = MotionAdapter(block_out_channels=(32, *width))
+        monkeypatch.setattr(real_size_video, "MotionAdapter", lambda: adapter)
+    monkeypatch.setitem(real_size_sdxl.UNETS, kind, {**real_size_sdxl.UNETS[kind], **narrow, "norm_num_groups": 8})
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    monkeypatch.setattr(sys, "argv", ["real_size", "--rank", "4"])
+    {"sdxl": real_size_sdxl, "video": real_size_video}[kind].main()
+    told = capsys.readouterr().out
+    assert "billion weights" in told and "peak after saving" in told
+    assert "step 1, loss 0.6931" in told and "step 2, loss" in told
+
+
+def test_checkpointing_saves_what_it_is_for(monkeypatch, capsys):
+    import real_size_video
+
+    narrow = {"block_out_channels": (32, 32, 64, 64), "num_attention_heads": 2, "norm_num_groups": 8}
+    monkeypatch.setitem(real_size_video.UNETS, "video", {**real_size_video.UNETS["video"], **narrow})
+    monkeypatch.setattr(sys, "argv", ["real_size", "--saved_activations"])
+    real_size_video.main()
+    kept = [int(line.split()[-3]) for line in capsys.readouterr().out.splitlines() if "MiB saved" in line]
+    assert len(kept) == 3 and kept[0] > kept[1] > 2 * kept[2]
