@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 
 SCRIPTS = sorted(ROOT.glob("train_sspo_*.py"))

@@ -35,7 +35,7 @@ def original(module, name):
     """The lines of `name` in module.py. Ends the program if it is not there."""
     source = (ROOT / f"{module}.py").read_text()
     if name not in definitions(source):
-        sys.exit(f"{module}.py has no {name}: mend the mark '# Copied from {module}.{name}', or take it away")
+        sys.exit(f"{module}.py has no {name}: fix the mark '# Copied from {module}.{name}', or take it away")
     first, last = definitions(source)[name]
     return source.splitlines()[first:last]
 
@@ -55,10 +55,10 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="only tell which files have copies that drifted")
     args = parser.parse_args(argv)
     drifted = []
-    for path in sorted([*ROOT.glob("train_sspo_*.py"), *ROOT.glob("examples/*.py")]):
+    for path in sorted([*ROOT.glob("train_sspo_*.py"), *ROOT.glob("examples/**/*.py")]):
         source = path.read_text()
         if fixed(source) != source:
-            drifted.append(path.name)
+            drifted.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(fixed(source))
     if drifted:
