@@ -1,5 +1,6 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
+import logging
 import os
 import signal
 import sys
@@ -123,3 +124,17 @@ def load(request):
         return args, script.load_models(args, dtype)
 
     return loader
+
+
+@pytest.fixture
+def log(tmp_path):
+    """log() gives the lines that the scripts have logged so far, those of their loader processes included."""
+    path = tmp_path / "log.txt"
+    handler = logging.FileHandler(path)
+    loggers = [logging.getLogger(script.__name__) for script in SCRIPTS.values()]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lambda: path.read_text().splitlines()
+    for logger in loggers:
+        logger.removeHandler(handler)
+    handler.close()
