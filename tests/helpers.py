@@ -73,10 +73,8 @@ def open_winners(script, directory, data=None, **options):
     """A script's Winners, as flags and options name them; what they write lies in `directory`."""
     if script is train_sspo_video:
         options = {"motion_adapter_name_or_path": "unused", "num_frames": 4, "frame_stride": 2, **options}
-    PartialState()  # without it the script's logger says nothing
-    return script.Winners(
-        script.parse_args(flags("unused", data, directory / "out", cache_dir=directory / "cache", **options))
-    )
+    words = flags("unused", data, directory / "out", cache_dir=directory / "cache", **options)
+    return script.Winners(script.parse_args(words))
 
 
 def served(winners, count, **options):

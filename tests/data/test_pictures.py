@@ -57,8 +57,10 @@ def test_large_pictures_are_resized_before_the_crop(script):
     assert (pixels[0, :, 4:-4] > 0.9).all() and (pixels[2, :, 4:-4] < -0.9).all()
 
 
-def test_pictures_look_as_in_a_viewer(script):
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_pictures_look_as_in_a_viewer(kind):
     """Transparency on white, rotation as the camera noted it, 16 bits scaled, palettes and CMYK converted."""
+    script = SCRIPTS[kind]
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert script.to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)

@@ -192,8 +192,9 @@ def test_draws_hang_on_their_key_alone(script):
 
 
 def test_timesteps_are_uniform_over_the_whole_schedule(script):
-    """0 and the last one too: 2000 draws of four, each within 80 of 500, about four standard deviations."""
+    """0 and the last one too: of 2000 examples each within 80 of 500, about four standard deviations."""
     models = SimpleNamespace(noise_scheduler=DDPMScheduler(num_train_timesteps=4))
-    counts = Counter(script.draw_timesteps(models, torch.Generator().manual_seed(0), 2000).tolist())
+    generators = [script.keyed_generator("timestep", 0, row) for row in range(2000)]
+    counts = Counter(script.draw_timesteps(models, generator, 1).item() for generator in generators)
     assert sorted(counts) == [0, 1, 2, 3]
     assert all(420 < count < 580 for count in counts.values())
