@@ -1,5 +1,6 @@
 """What the tests share: how a script is run, in this process and as users do, and when two runs are the same."""
 
+import itertools
 import json
 import os
 import re
@@ -66,6 +67,21 @@ def run_main(script, words):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     script.main(script.parse_args(words))
+
+
+def open_winners(script, directory, data=None, **options):
+    """A script's Winners, as flags and options name them; what they write lies in `directory`."""
+    if script is train_sspo_video:
+        options = {"motion_adapter_name_or_path": "unused", "num_frames": 4, "frame_stride": 2, **options}
+    words = flags("unused", data, directory / "out", cache_dir=directory / "cache", **options)
+    return script.Winners(script.parse_args(words))
+
+
+def served(winners, count, **options):
+    """The first `count` examples that the stream of one process gives; options: rank, world, cursor."""
+    script = sys.modules[type(winners).__module__]
+    micro_batches = script.WinnerStream(winners.load, winners, winners.args, **options)
+    return list(itertools.islice((example for examples, _ in micro_batches for example in examples), count))
 
 
 def launch(words, processes=1, script="train_sspo_sd.py"):

@@ -18,20 +18,15 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_training import LAYOUT, assert_same_but_for_rounding
 
 import train_sspo_sdxl as script
 
 
-CAPTIONS = ["a red circle", "a blue square", "a green circle"]
-GEOMETRY = {"original_size": (833, 300), "crop_top_left": (57, 0), "target_size": (64, 64)}
-PLACE = {"original_size": (833, 300), "crops_coords_top_left": (57, 0), "target_size": (64, 64)}
 SCHEDULERS = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
 
 
@@ -39,12 +34,6 @@ SCHEDULERS = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
 def sdxl(tmp_path_factory):
     """A tiny SDXL pipeline; like the real one it takes zeros where there is no caption."""
     return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
-
-
-@pytest.fixture(scope="session")
-def sdxl_words(tmp_path_factory):
-    """A tiny SDXL pipeline that takes the embedding of "" where there is no caption."""
-    return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl-words"), force_zeros=False)
 
 
 @pytest.fixture
@@ -74,125 +63,10 @@ def without_weights(model, directory, changes=None):
     return directory
 
 
-# The seam against the stock pipelines
-
-
-def rivals(args, models, noise, winners=None, geometry=GEOMETRY):
-    """Rivals of CAPTIONS as a run samples them."""
-    geometries = [geometry] * len(CAPTIONS)
-    return script.self_sample(
-        models.denoiser,
-        script.rollout_scheduler(models, args),
-        noise,
-        script.collate_condition(script.encode_prompt(models, CAPTIONS), geometries, "cpu"),
-        script.collate_condition(script.encode_prompt(models, [""] * len(CAPTIONS)), geometries, "cpu"),
-        args.rollout_steps,
-        args.rollout_guidance_scale,
-        winners,
-        args.rollout_strength,
-    )
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("fixture", ["sdxl", "sdxl_words"])
-def test_rival_is_what_the_stock_pipeline_samples(request, fixture, scheduler):
-    """With and without force_zeros_for_empty_prompt, told of a crop, at the default guidance."""
-    model = request.getfixturevalue(fixture)
-    args, models = load(model, rollout_scheduler=scheduler)
-    noise = torch.randn(len(CAPTIONS), 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = rivals(args, models, noise)
-    options = dict(num_inference_steps=8, guidance_scale=5.0, height=64, width=64, output_type="latent")
-    theirs = stock(StableDiffusionXLPipeline, model, scheduler)(CAPTIONS, latents=noise.clone(), **PLACE, **options)
-    assert (ours - theirs.images).abs().max() < 1e-4
-    elsewhere = rivals(args, models, noise, geometry=script.whole_picture(args))
-    assert (ours - elsewhere).abs().max() > 1e-2, "the crop must matter"
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_rollout_strength_is_image_to_image(sdxl, scheduler):
-    args, models = load(sdxl, rollout_scheduler=scheduler, rollout_strength=0.6)
-    winners = torch.randn(len(CAPTIONS), 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    noise = torch.randn(winners.shape, generator=torch.Generator().manual_seed(2))
-    ours = rivals(args, models, noise, winners)
-    theirs = stock(StableDiffusionXLImg2ImgPipeline, sdxl, scheduler)(
-        CAPTIONS,
-        image=winners,
-        strength=0.6,
-        num_inference_steps=8,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(2),
-        output_type="latent",
-        **PLACE,
-    ).images
-    assert (ours - theirs).abs().max() < 1e-4
-
-
-def test_latents_with_statistics_of_their_own(sdxl, tmp_path):
-    """A VAE that has latents_mean and latents_std is encoded and decoded as the stock pipelines do."""
-    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(sdxl)
-    pipeline.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[0.5, 2.0, 1.0, 0.8])
-    pipeline.save_pretrained(tmp_path / "model")
-    _, models = load(tmp_path / "model")
-    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = script.encode_image(models, pixels)
-    theirs = pipeline.prepare_latents(
-        pixels, None, 1, 1, torch.float32, "cpu", torch.Generator().manual_seed(3), False
-    )
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(mean + std * noise, theirs, rtol=1e-4, atol=1e-5)
-    plain = load(sdxl)[1]
-    assert (script.encode_image(plain, pixels)[0] - mean).abs().max() > 0.01
-    latents = script.decode_latents(models, mean)
-    decoded = pipeline.vae.decode(
-        mean * torch.tensor([0.5, 2.0, 1.0, 0.8]).view(1, 4, 1, 1) / 0.13025
-        + torch.tensor([0.1, -0.2, 0.3, 0.4]).view(1, 4, 1, 1)
-    ).sample
-    assert tiny.difference(latents, pipeline.image_processor.postprocess(decoded.detach())[0]) <= 1
-
-
-def test_vae_is_fp32_unless_a_mended_one_is_named(sdxl):
-    """The stock VAE overflows in half precision."""
-    _, models = load(sdxl, torch.bfloat16)
-    assert (models.vae.dtype, models.text_encoder_2.dtype, models.denoiser.dtype) == (
-        torch.float32,
-        torch.bfloat16,
-        torch.bfloat16,
-    )
-    _, models = load(sdxl, torch.bfloat16, pretrained_vae_model_name_or_path=Path(sdxl, "vae"))
-    assert models.vae.dtype == torch.bfloat16
-
-
 def test_defaults_are_those_of_sdxl():
     args = script.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"])
     assert (args.resolution, args.rollout_guidance_scale) == (1024, 5.0)
 
-
-# Captions that are dropped
-
-
-@pytest.mark.parametrize("fixture", ["sdxl", "sdxl_words"])
-def test_dropped_caption_is_what_guidance_runs_without(request, train_xl, monkeypatch, fixture):
-    """Zeros, or the embedding of "" for a model that takes it: for the rival, the reference and the policy alike."""
-    model, seen, predict = request.getfixturevalue(fixture), [], script.predict
-    monkeypatch.setattr(script, "predict", lambda *a: seen.append(a[3]) or predict(*a))
-    train_xl(model=model, proportion_empty_prompts=0.5, max_train_steps=6, rollout_steps=1)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
-    words, _, pooled, _ = pipeline.encode_prompt("", do_classifier_free_guidance=False)
-    if fixture == "sdxl":
-        words, pooled = torch.zeros_like(words), torch.zeros_like(pooled)
-    dropped = []
-    for rollout, reference, policy in zip(seen[0::3], seen[1::3], seen[2::3]):
-        for name, expected in (("prompt_embeds", words), ("pooled_prompt_embeds", pooled)):
-            empty, captions = rollout[name].chunk(2)
-            torch.testing.assert_close(empty, expected.expand_as(empty), rtol=0, atol=1e-5)
-            assert torch.equal(reference[name], torch.cat([captions, captions]))
-            assert torch.equal(policy[name], reference[name])
-            dropped.append([torch.equal(caption, empty[0]) for caption in captions])
-    assert dropped[0::2] == dropped[1::2], "both embeddings go, or none"
-    assert 2 < sum(map(sum, dropped[0::2])) < 10
-
-
-# Micro-conditioning
 
 SIZES = [(833, 400), (90, 257), (64, 64), (128, 100), (64, 65), (411, 205)]
 
@@ -202,19 +76,6 @@ def ramps(width, height):
     red = np.linspace(0, 255, width)[None].repeat(height, 0)
     green = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     return Image.fromarray(np.stack([red, green, np.zeros_like(red)], -1).round().astype(np.uint8))
-
-
-def corner_seen_in(pixels, size):
-    """(top, left) of a crop of ramps, read off its colours; left counts from the right edge if it was mirrored."""
-    side = pixels.shape[-1]
-    scale = side / min(size)
-    red, green = ((pixels[:2] + 1) / 2).double()
-    if red[:, -1].mean() < red[:, 0].mean():
-        red = 1 - red
-    return tuple(
-        float(value.mean() * max(extent * scale, side) - side / 2)
-        for value, extent in ((green, size[1]), (red, size[0]))
-    )
 
 
 @pytest.fixture(scope="session")
@@ -227,64 +88,6 @@ def oblongs(tmp_path_factory):
         lines.append(json.dumps({"file_name": f"{i}.png", "text": tiny.CAPTIONS[i]}))
     (directory / "metadata.jsonl").write_text("\n".join(lines))
     return directory
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_micro_conditioning_tells_of_the_crop_that_was_made(train_xl, oblongs, monkeypatch, cached):
-    """Every denoiser call of a bf16 run is told its winner's size, corner and target, in fp32, uncached and cached."""
-    crops, told, batches = {}, [], []
-    load, project, loss = script.Winners.load, UNet2DConditionModel.get_aug_embed, script.training_loss
-
-    def spy_load(self, row, example, place):
-        loaded = load(self, row, example, place)
-        crops[0 if cached else place[0], row] = loaded["pixels"].clone()
-        return loaded
-
-    def spy_project(self, emb, encoder_hidden_states, added_cond_kwargs):
-        told.append(added_cond_kwargs["time_ids"])
-        return project(self, emb, encoder_hidden_states, added_cond_kwargs)
-
-    monkeypatch.setattr(script.Winners, "load", spy_load)
-    monkeypatch.setattr(UNet2DConditionModel, "get_aug_embed", spy_project)
-    monkeypatch.setattr(script, "training_loss", lambda *a: batches.append(a[2]["keys"]) or loss(*a))
-    run = train_xl(
-        data=oblongs,
-        center_crop=False,
-        random_flip=True,
-        cache_latents=cached,
-        max_train_steps=6,
-        rollout_steps=1,
-        seed=1,
-        mixed_precision="bf16",
-    )
-    assert run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert run.metrics[0]["gap/winner"] == 0
-    corners = set()
-    for i, keys in enumerate(batches):
-        rollout, reference, policy = told[3 * i : 3 * i + 3]
-        assert rollout.dtype == policy.dtype == torch.float32
-        assert torch.equal(rollout, reference), "guidance without a caption is told the same"
-        assert torch.equal(rollout, policy)
-        for (epoch, row), ids in zip(keys, rollout.tolist()):
-            width, height = SIZES[row]
-            assert ids[:2] == [height, width]
-            assert ids[4:] == [64, 64]
-            assert ids[2:4] == pytest.approx(corner_seen_in(crops[0 if cached else epoch, row], SIZES[row]), abs=0.75)
-            corners.add((row, *ids[2:4]))
-    assert (len(corners) == len(SIZES)) == cached, "a new crop an epoch, unless cached"
-    assert max(corner[2] for corner in corners) > 30
-    assert len({bool(pixels[0, 0, 0] > pixels[0, 0, -1]) for pixels in crops.values()}) == 2, "some are mirrored"
-
-
-def test_cached_latents_change_nothing(train_xl, oblongs, monkeypatch):
-    """One epoch of crops, flips and dropped captions gives the same losses, and each winner is encoded once."""
-    common = dict(data=oblongs, center_crop=False, random_flip=True, proportion_empty_prompts=0.3)
-    plain = train_xl("plain", max_train_steps=3, **common)
-    encoded, encode = [], AutoencoderKL.encode
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
-    cached = train_xl("cached", max_train_steps=6, cache_latents=True, **common)
-    assert cached.column("loss")[:3] == pytest.approx(plain.column("loss"), rel=1e-4)
-    assert sum(encoded) == len(SIZES)
 
 
 # Whole runs
@@ -458,19 +261,6 @@ def test_refusal_on_the_command_line_is_one_line(sdxl, winners, tmp_path):
 def test_missing_vae_is_named(sdxl, tmp_path):
     with pytest.raises(script.UserError, match="--pretrained_vae_model_name_or_path .*no-such-vae"):
         load(sdxl, pretrained_vae_model_name_or_path=tmp_path / "no-such-vae")
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_latents_that_are_not_finite_stop_the_run(train_xl, sdxl, winners, tmp_path, cached):
-    """As the stock VAE's in fp16; the row is named and no cache of them is kept."""
-    shutil.copytree(sdxl, tmp_path / "broken")
-    path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    weights["encoder.conv_in.weight"][0] = math.inf
-    save_file(weights, path)
-    with pytest.raises(script.UserError, match=r"latents of row \d+ are not finite.*VAE"):
-        train_xl(model=tmp_path / "broken", cache_latents=cached)
-    assert not list((tmp_path / "run").rglob("rows-*.safetensors"))
 
 
 # The copies
