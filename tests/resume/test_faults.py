@@ -1,7 +1,7 @@
 """
 A run is killed or stopped at named points of the code, resumed with `latest`, and ends as if nothing had happened.
 
-These are all points for Stable Diffusion; tests/slow/test_faults_long.py has other data and scripts, and two processes.
+These are all points for Stable Diffusion; tests/slow/test_faults_long.py has other data, scripts and two processes.
 """
 
 import os
@@ -43,6 +43,16 @@ def test_killed_again_while_it_cleans_up(train, whole, what):
     kill(train, "killed", (os, "replace", "metrics.partial", "before"), **options)
     assert Run(train.directory / "killed").metrics == before
     assert_as_never_stopped(whole(train, **OPTIONS), train("killed", **options))
+
+
+def test_killed_after_it_went_back_to_an_older_checkpoint(train, whole):
+    """Resumed from checkpoint-3 though there is a checkpoint-6, and killed before it came there again."""
+    shutil.copytree(whole(train, **{**OPTIONS, "checkpoints_total_limit": 3}).path, train.directory / "killed")
+    forget_result(Run(train.directory / "killed"))
+    options = dict(OPTIONS, checkpoints_total_limit=3, max_train_steps=10)
+    kill(train, "killed", (None, "training_loss", 2, "before"), resume_from_checkpoint="checkpoint-3", **options)
+    again = train("killed", resume_from_checkpoint="latest", **options)
+    assert_as_never_stopped(whole(train, **options), again)
 
 
 @pytest.mark.parametrize("mode, move", [("lora", 2), ("full", 4)])
