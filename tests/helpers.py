@@ -118,6 +118,7 @@ def assert_same_result(one, other):
     record = json.loads(next(iter(sorted(one.path.glob("checkpoint-*/run.json")))).read_text())["settings"]
     bank = train_sspo_sd.ReplayBank(one.path / "replay", record["--replay_size"])
     live = [bank.path(index) for index in bank.live(len(one.metrics) // record["--replay_steps"] + 1)]
+    live = live if record["--loss_type"] == "sspo" else []
     results = [path for path in one.path.rglob("*.safetensors") if not {"replay", "cache"} & set(path.parts[:-1])]
     for path in [*live, *(path for path in results if "checkpoint-" not in str(path))]:
         ours, theirs = load_file(path), load_file(other.path / path.relative_to(one.path))
