@@ -147,6 +147,23 @@ def test_a_damaged_entry_of_the_bank_is_named_when_it_is_drawn(train, run):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_of_the_cache_is_named(train, workers):
+    """It is written once and read in every epoch; without it the cache is filled again."""
+    options = dict(cache_latents=True, checkpointing_steps=2, dataloader_num_workers=workers)
+    run = train("run", max_train_steps=2, **options)
+    forget_result(run)
+    (file,) = run.path.rglob("rows-0.safetensors")
+    cut(file)
+    with pytest.raises(script.UserError, match=r"rows-0\.safetensors is missing or damaged"):
+        train("run", max_train_steps=4, resume_from_checkpoint="latest", **options)
+    file.unlink()
+    assert_same_result(
+        train("whole", max_train_steps=4, **options),
+        train("run", max_train_steps=4, resume_from_checkpoint="latest", **options),
+    )
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

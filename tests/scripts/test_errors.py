@@ -1,18 +1,31 @@
-"""What a user does wrong: one line that says what and how to mend it, and nothing is overwritten."""
+"""What a user does wrong: one line that says what and how to fix it, and nothing is overwritten."""
 
+import importlib.util
 import json
 import os
-import shutil
+import re
+import resource
+import runpy
+import signal
 import subprocess
 import sys
+import traceback
 
 import datasets
 import pytest
 import tiny
 import torch
-from conftest import ROOT, flags
+from faults import ranks_in_children
+from helpers import ENVIRONMENT, ROOT, SCRIPTS, flags, forget_result
+from transformers import CLIPTextModel
 
-import train_sspo_sd as script
+
+# Flags
+
+
+def words_of(kind, **options):
+    adapter = {"motion_adapter_name_or_path": "adapter"} if kind == "video" else {}
+    return flags("model", "data", "out", **{**adapter, **options})
 
 
 @pytest.mark.parametrize(
@@ -20,104 +33,205 @@ import train_sspo_sd as script
     [
         (dict(train_data_dir=None), "--train_data_dir or --dataset_name"),
         (dict(dataset_name="both"), "--train_data_dir or --dataset_name"),
-        (dict(train_batch_size=0), "--train_batch_size must be more than 0"),
-        (dict(learning_rate=-1), "--learning_rate must be more than 0"),
-        (dict(learning_rate="nan"), "--learning_rate must be more than 0"),
+        (dict(pretrained_model_name_or_path=None), "--pretrained_model_name_or_path"),
+        (dict(train_batch_size=0), "--train_batch_size: must be at least 1, not 0"),
+        (dict(learning_rate=-1), "--learning_rate: must be more than 0, not -1"),
+        (dict(learning_rate="nan"), "--learning_rate: must be more than 0, not nan"),
         (dict(rollout_batch_size=3), "multiple of --train_batch_size"),
-        (dict(rollout_strength=1.5), "--rollout_strength"),
-        (dict(rollout_strength=0.1), "--rollout_strength"),
-        (dict(proportion_empty_prompts=2), "--proportion_empty_prompts"),
-        (dict(rival_weight=-1), "--rival_weight"),
-        (dict(resolution=60), "--resolution must be a multiple of 8"),
-        (dict(streaming=True, cache_latents=True), "--cache_latents"),
-        (dict(streaming=True, max_train_steps=None, num_train_epochs=1), "--max_train_steps"),
+        (dict(rollout_strength=1.5), "--rollout_strength: must be more than 0 and at most 1, not 1.5"),
+        (dict(rollout_strength=0.1), "--rollout_strength 0.1 leaves none of 3 sampler steps"),
+        (dict(proportion_empty_prompts=2), "--proportion_empty_prompts: must be at least 0 and at most 1, not 2"),
+        (dict(rival_weight=-1), "--rival_weight: must be at least 0, not -1"),
+        (dict(resolution=60), "height and width must be multiples of 8, not (60, 60)"),
+        (dict(streaming=True, cache_latents=True), "--cache_latents needs the whole data set"),
+        (dict(streaming=True, max_train_steps=None, num_train_epochs=1), "give --max_train_steps"),
         (dict(use_8bit_adam=True, optimizer="adafactor"), "--use_8bit_adam"),
-        (dict(ssr="ipo"), "--ssr"),
-        (dict(train_mode="dora"), "--train_mode"),
-        (dict(no_such_flag=1), "no_such_flag"),
-        (dict(seed="x"), "--seed"),
+        (dict(ssr="ipo"), "--ssr: invalid choice: 'ipo'"),
+        (dict(train_mode="dora"), "--train_mode: invalid choice: 'dora'"),
+        (dict(report_to="paper"), "--report_to: invalid choice: 'paper'"),
+        (dict(seed="x"), "--seed: invalid int value: 'x'"),
+        (dict(no_such_flag=1), "--no_such_flag 1"),
+        (dict(train_batch=1), "--train_batch 1"),
     ],
 )
-def test_wrong_flag_is_one_line(options, message, capsys):
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_wrong_flag_is_one_line(kind, options, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        script.parse_args(flags("model", "data", "out", **options))
+        SCRIPTS[kind].parse_args(words_of(kind, **options))
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert error.count("\n") == 1
     assert message in error
 
 
-def test_defaults_of_the_paper():
-    args = script.parse_args(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"])
-    assert (args.train_mode, args.loss_type, args.ssr, args.reference) == ("lora", "sspo", "sign", "random")
-    assert (args.beta_dpo, args.replay_steps, args.replay_size, args.max_train_steps) == (2000, 30, 8, 210)
-    assert (args.rollout_steps, args.rollout_guidance_scale, args.rollout_scheduler) == (20, 7.5, "dpmsolver")
-    assert (args.rollout_strength, args.draws_per_pair, args.rival_weight, args.sft_weight) == (1, 1, 1, 0)
-    for batch, accumulation, rollouts in ((4, 1, 4), (1, 256, 16), (3, 8, 15), (32, 2, 32)):
-        sizes = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
-        words = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *sizes]
-        assert script.parse_args(words).rollout_batch_size == rollouts
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_frames=0), "--num_frames: must be at least 1, not 0"),
+        (dict(frame_stride=-1), "--frame_stride: must be at least 0, not -1"),
+        (dict(height=60), "height and width must be multiples of 8, not (60, 64)"),
+        (dict(width=-8), "--width: must be at least 1, not -8"),
+        (dict(motion_adapter_name_or_path=None), "--motion_adapter_name_or_path"),
+    ],
+)
+def test_wrong_flag_of_clips_is_one_line(options, message, capsys):
+    test_wrong_flag_is_one_line("video", options, message, capsys)
 
 
-def test_help_says_every_default(capsys):
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_help_says_every_default(kind, capsys):
+    script = SCRIPTS[kind]
+    required = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
+    required += ["--motion_adapter_name_or_path", "a"] if kind == "video" else []
+    defaults = vars(script.parse_args(required))
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for flag in ("beta_dpo", "replay_steps", "rollout_guidance_scale", "learning_rate", "resolution", "rank", "seed"):
-        assert "(default: " in text[text.rindex(f"--{flag} {flag.upper()}") :][:300]
+    options = re.split(r"\n  --", capsys.readouterr().out)[1:]
+    told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in options}
+    assert set(told) == set(defaults)
+    for flag, text in told.items():
+        if defaults[flag] is not None and defaults[flag] is not False and f"--{flag}" not in required:
+            assert f"(default: {defaults[flag]})" in text or "Default: " in text, flag
+
+
+# What is known before the models load
 
 
 def refused(train, message, **options):
-    with pytest.raises(script.UserError, match=message) as error:
+    with pytest.raises(train.script.UserError, match=message) as error:
         train(**options)
     assert "\n" not in str(error.value)
 
 
-def no_model(monkeypatch):
-    """Makes a run fail loudly if it comes as far as loading the model."""
-    monkeypatch.setattr(script, "load_models", lambda *a: pytest.fail("the models were loaded"))
-
-
 @pytest.fixture
-def early(monkeypatch):
-    no_model(monkeypatch)
+def early(each, monkeypatch):
+    """`each`, which fails loudly if it comes as far as loading the models."""
+    monkeypatch.setattr(each.script, "load_models", lambda *a: pytest.fail("the models were loaded"))
+    return each
 
 
-def test_missing_folder(train, early, tmp_path):
-    refused(train, "nowhere does not exist", data=tmp_path / "nowhere")
+def test_missing_folder(early, tmp_path):
+    refused(early, "nowhere does not exist", data=tmp_path / "nowhere")
 
 
-def test_empty_data(train, early, tmp_path):
+def test_empty_data(early, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(train, "cannot be opened", data=tmp_path / "empty")
+    refused(early, "cannot be opened", data=tmp_path / "empty")
     (tmp_path / "empty.csv").write_text("image,text\n")
     nothing = datasets.Dataset.from_dict({"image": [], "text": []})
     nothing.save_to_disk(tmp_path / "saved")
-    refused(train, "cannot be opened", data=tmp_path / "saved")
+    refused(early, "cannot be opened", data=tmp_path / "saved")
     nothing.to_parquet(tmp_path / "nothing.parquet")
-    refused(train, "is empty", data=tmp_path / "nothing.parquet", streaming=True)
-    refused(train, "nor one of .parquet", data=tmp_path / "empty.csv")
+    refused(early, "is empty", data=tmp_path / "nothing.parquet", streaming=True)
+    refused(early, "nor one of .parquet", data=tmp_path / "empty.csv")
 
 
-def test_missing_column_lists_those_there_are(train, early, tmp_path):
-    folder = tmp_path / "data"
-    tiny.folder_of_winners(folder, 2)
-    refused(train, "no column caption: it has image, text; .*--caption_column", data=folder, caption_column="caption")
-    refused(train, "no column photo: it has image, text; .*--image_column", data=folder, image_column="photo")
+def test_missing_column_lists_those_there_are(early, tmp_path):
+    what, folder = early.script.MODALITY, tmp_path / "data"
+    (tiny.folder_of_clips if what == "video" else tiny.folder_of_winners)(folder, 2)
+    refused(early, f"no column title: it has {what}, text; .*--caption_column", data=folder, caption_column="title")
+    refused(
+        early,
+        f"no column film: it has {what}, text; .*--{what}_column",
+        data=folder,
+        **{f"{what}_column": "film"},
+    )
     (folder / "metadata.jsonl").unlink()
-    refused(train, "no column text or caption or txt or prompt: it has image", data=folder)
+    refused(early, f"no column text or caption or txt or prompt: it has {what}", data=folder)
 
 
-def test_ties_only(train, early, tmp_path):
+def test_ties_only(early, tmp_path):
     row = {"jpg_0": b"", "jpg_1": b"", "label_0": 0.5, "caption": "a tie"}
     datasets.Dataset.from_list([row] * 3).to_parquet(tmp_path / "ties.parquet")
-    refused(train, "no winner", data=tmp_path / "ties.parquet")
+    refused(early, "no winner", data=tmp_path / "ties.parquet")
 
 
 def test_ties_only_in_a_stream(train, tmp_path):
     row = {"jpg_0": b"", "jpg_1": b"", "label_0": 0.5, "caption": "a tie"}
     datasets.Dataset.from_list([row] * 3).to_parquet(tmp_path / "ties.parquet")
     refused(train, "no winner", data=tmp_path / "ties.parquet", streaming=True)
+
+
+def test_output_dir_that_cannot_be_written(early, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(early, "--output_dir .*file/run cannot be written: Not a directory", name="file/run")
+
+
+def test_output_dir_that_is_not_shared(train, capfd):
+    """Where each machine has a disk of its own, what one writes does not appear to the other: both say so."""
+
+    def prepare(rank):
+        train.script.load_models = lambda *a: os._exit(3)
+        parse = train.script.parse_args
+
+        def elsewhere(words):
+            args = parse(words)
+            args.output_dir += f"-{rank}"
+            return args
+
+        train.script.parse_args = elsewhere
+
+    assert ranks_in_children(train, "run", prepare, grace=30) == [1, 1]
+    message = "run-{} is not the same folder for all processes: name one on a disk that all machines share"
+    said = capfd.readouterr().err
+    for rank in (0, 1):
+        assert message.format(rank) in said
+        assert not list((train.directory / f"run-{rank}").iterdir())
+
+
+def test_packages_and_devices_are_checked_first(early, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    xformers = dict(enable_xformers_memory_efficient_attention=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    refused(early, "needs a CUDA device: drop it", **xformers)
+    refused(early, "fp16 needs a CUDA device: use no or bf16", mixed_precision="fp16")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for package, options in {
+        "xformers": xformers,
+        "bitsandbytes": dict(use_8bit_adam=True),
+        "wandb": dict(report_to="wandb"),
+        "tensorboard": dict(report_to="tensorboard"),
+    }.items():
+        refused(early, f"needs {package}, which is missing: pip install {package}", **options)
+
+
+def test_sharded_training_is_refused(early, monkeypatch):
+    distributed = property(lambda self: early.script.DistributedType.FSDP)
+    monkeypatch.setattr(early.script.Accelerator, "distributed_type", distributed)
+    refused(early, "configured for FSDP.*never run.*data parallel")
+
+
+def test_compiling_is_refused(early, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    refused(early, "configured for the dynamo backend INDUCTOR: set it to no")
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_results_are_not_overwritten(each, mode):
+    """Neither those of a run that has a checkpoint nor those of one that has none."""
+    run = each(train_mode=mode, max_train_steps=1)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    refused(each, "holds the results of another run.*--resume_from_checkpoint latest", train_mode=mode, seed=1)
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+def test_checkpoints_are_not_overwritten(each):
+    run = each(max_train_steps=1, checkpointing_steps=1)
+    forget_result(run)
+    refused(each, "holds the results of another run.*--resume_from_checkpoint latest", max_train_steps=1)
+    assert (run.path / "checkpoint-1" / "run.json").exists()
+
+
+@pytest.mark.parametrize("options", [{}, dict(resume_from_checkpoint="latest")])
+def test_a_run_that_left_nothing_to_resume_starts_again(train, options):
+    """Stopped before its first checkpoint it is no reason to refuse; `latest` without a checkpoint is a new run."""
+    run = train(max_train_steps=3)
+    whole = run.column("loss")
+    forget_result(run)
+    assert train(max_train_steps=3, **options).column("loss") == whole
+
+
+# What shows itself later
 
 
 @pytest.mark.parametrize(
@@ -130,7 +244,8 @@ def test_unreadable_picture_is_named(train, tmp_path, damage, options):
     content = (folder / "1.png").read_bytes()
     for name in ("0.png", "1.png"):
         (folder / name).write_bytes({"truncated": content[:90], "empty": b"", "text": b"not a picture"}[damage])
-    refused(train, r"the picture .*[01]\.png in row [01] cannot be read", data=folder, **options)
+    with pytest.raises(train.script.BadExample, match=r"the image .*[01]\.png in row [01] cannot be read: \w+"):
+        train(data=folder, **options)
 
 
 def test_caption_that_is_no_text_is_named(train, tmp_path):
@@ -138,128 +253,7 @@ def test_caption_that_is_no_text_is_named(train, tmp_path):
     tiny.folder_of_winners(folder, 2)
     rows = [{"file_name": "0.png", "text": "a red circle"}, {"file_name": "1.png", "text": None}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(train, "the caption in row 1, column text, is None, not text: .*--on_bad_example skip", data=folder)
-
-
-def test_output_dir_that_cannot_be_written(train, early, tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(train, "--output_dir .* cannot be written", name="file/run")
-
-
-def test_packages_and_devices_are_checked_first(train, early, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(script, "is_xformers_available", lambda: False)
-    refused(train, "needs xformers", enable_xformers_memory_efficient_attention=True)
-    monkeypatch.setattr(script, "is_xformers_available", lambda: True)
-    refused(train, "needs a CUDA device", enable_xformers_memory_efficient_attention=True)
-    refused(train, "fp16 needs a CUDA device", mixed_precision="fp16")
-    monkeypatch.setattr(script, "is_bitsandbytes_available", lambda: False)
-    refused(train, "needs bitsandbytes", use_8bit_adam=True)
-    monkeypatch.setattr(script, "is_wandb_available", lambda: False)
-    refused(train, "wandb needs it", report_to="wandb")
-    monkeypatch.setattr(script, "is_tensorboard_available", lambda: False)
-    refused(train, "tensorboard needs it", report_to="tensorboard")
-    refused(train, "--report_to must be", report_to="paper")
-
-
-def test_sharded_training_is_refused(train, early, monkeypatch):
-    monkeypatch.setattr(script.Accelerator, "distributed_type", property(lambda self: script.DistributedType.FSDP))
-    refused(train, "configured for FSDP.*never run.*data parallel")
-
-
-def test_output_dir_of_another_machine(train, early, monkeypatch):
-    """Where a machine has a disk of its own, what the first process writes does not appear."""
-    exists = script.Path.exists
-    monkeypatch.setattr(script.Path, "exists", lambda path: not path.name.startswith(".shared") and exists(path))
-    refused(train, "is not the same folder for all processes: .* on a disk that all machines share")
-
-
-def test_models_that_cannot_be_loaded(train, tmp_path):
-    refused(train, "nothing-here cannot be loaded", model=tmp_path / "nothing-here")
-
-
-@pytest.mark.parametrize(
-    "file, before, after, message",
-    [
-        ("scheduler/scheduler_config", '"epsilon"', '"sample"', "predicts sample"),
-        ("scheduler/scheduler_config", '"leading"', '"trailing"', "distilled to few steps .turbo"),
-        ("scheduler/scheduler_config", "DDPMScheduler", "LCMScheduler", "distilled to few steps .LCM"),
-        ("scheduler/scheduler_config", "beta_start", "sigma_min", "not of a schedule of betas"),
-        ("unet/config", '"in_channels": 4', '"in_channels": 9', "more than latents and a caption"),
-        ("unet/config", '"addition_embed_type": null', '"addition_embed_type": "text_time"', "train_sspo_sdxl.py"),
-    ],
-)
-def test_models_that_would_be_trained_wrongly(train, tmp_path, sd, monkeypatch, file, before, after, message):
-    """From their configurations, before any weights are read."""
-    shutil.copytree(sd, tmp_path / "other")
-    config = tmp_path / "other" / f"{file}.json"
-    text = config.read_text()
-    if "timestep_spacing" in text:
-        text = text.replace('"timestep_spacing": "linspace"', '"timestep_spacing": "leading"')
-    assert before in text
-    config.write_text(text.replace(before, after))
-    monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
-    refused(train, message, model=tmp_path / "other")
-
-
-def test_results_are_not_overwritten(train):
-    run = train(max_train_steps=1)
-    before = (run.path / "pytorch_lora_weights.safetensors").read_bytes()
-    refused(train, "holds the results of another run.*--resume_from_checkpoint latest", max_train_steps=2)
-    assert (run.path / "pytorch_lora_weights.safetensors").read_bytes() == before
-    assert len(run.metrics) == 1
-
-
-def test_a_run_that_left_nothing_to_resume_starts_anew(train, early):
-    """Stopped before its first checkpoint, it is no reason to refuse; `latest` without a checkpoint is a new run."""
-    with pytest.raises(pytest.fail.Exception, match="models were loaded"):
-        train(resume_from_checkpoint="latest")
-
-
-@pytest.mark.parametrize(
-    "options, flag",
-    [
-        (dict(rank=4), "--rank 8, not 4"),
-        (dict(train_mode="full"), "--train_mode lora, not full"),
-        (dict(seed=1), "--seed 0, not 1"),
-        (dict(replay_steps=3), "--replay_steps 2, not 3"),
-        (dict(beta_dpo=5000), "--beta_dpo 2000.0, not 5000.0"),
-        (dict(train_batch_size=4), "global batch size 2, not 4"),
-        (dict(max_train_samples=5), "--max_train_samples None, not 5"),
-    ],
-)
-def test_checkpoint_of_another_run_is_refused(train, checkpointed, early, options, flag):
-    refused(
-        train, f"checkpoint-2 was made with {flag}", name="checkpointed", resume_from_checkpoint="latest", **options
-    )
-
-
-@pytest.fixture
-def checkpointed(train):
-    return train("checkpointed", max_train_steps=2, checkpointing_steps=2)
-
-
-def test_checkpoint_that_is_not_there(train, checkpointed, early):
-    refused(
-        train, "checkpoint-9 is not a complete checkpoint", name="checkpointed", resume_from_checkpoint="checkpoint-9"
-    )
-
-
-def test_half_written_checkpoint_is_passed_over(train):
-    """`latest` is the newest complete one; what a crash left of the next neither counts nor stands in the way."""
-    run = train("run", max_train_steps=6, checkpointing_steps=2)
-    shutil.rmtree(run.path / "checkpoint-6")
-    (run.path / "checkpoint-4" / "run.json").unlink()
-    (run.path / "checkpoint-6.partial").mkdir()
-    (run.path / "checkpoint-6.partial" / "optimizer.bin").write_bytes(b"half")
-    (run.path / "checkpoint-final").mkdir()
-    whole = [line["loss"] for line in run.metrics]
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')
-    again = train("run", max_train_steps=6, checkpointing_steps=2, resume_from_checkpoint="latest")
-    assert again.column("loss") == whole
-    assert (run.path / "checkpoint-6" / "run.json").is_file()
-    assert not (run.path / "checkpoint-6.partial").exists()
+    refused(train, "the caption in row 1, column text, is None, not text", data=folder)
 
 
 def test_non_finite_loss_stops_the_run(train):
@@ -270,26 +264,106 @@ def test_non_finite_loss_stops_the_run(train):
         train_mode="full",
         learning_rate=1e12,
         checkpointing_steps=1,
-        checkpoints_total_limit=None,
         max_train_steps=20,
     )
 
 
-def test_non_finite_latents_stop_the_run(train, monkeypatch):
-    monkeypatch.setattr(
-        script, "encode_image", lambda models, pixels: (torch.full((len(pixels), 4, 8, 8), torch.nan),) * 2
-    )
-    refused(train, "latents of row .* are not finite")
+# The bottom of the script. It is run as __main__ in a child of this process, which has everything imported.
 
 
-def test_command_line_ends_with_one_line_and_no_traceback(tmp_path, sd, winners):
+@pytest.fixture
+def run_script():
+    """run_script(train, prepare, flag=value, ...) gives the exit code of a script and its lines on stderr."""
+
+    def run(train, prepare=lambda: None, **options):
+        words = train.words("run", **options)
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(theirs, 2)
+                os.close(ours)
+                sys.stderr = open(2, "w", buffering=1, closefd=False)
+                os.environ.update(ENVIRONMENT)
+                sys.argv = [train.script.__file__, *map(str, words)]
+                prepare()
+                runpy.run_path(train.script.__file__, run_name="__main__")
+                code = 0
+            except SystemExit as exit:  # as Python does
+                code = exit.code if isinstance(exit.code, int) else 1
+                if isinstance(exit.code, str):
+                    print(exit.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        os.close(theirs)
+        with open(ours) as said:
+            lines = said.read().strip().splitlines()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
+
+    return run
+
+
+def test_command_line_ends_with_one_line_and_no_traceback(sd, winners, tmp_path):
     command = [
         sys.executable,
         ROOT / "train_sspo_sd.py",
         *flags(sd, winners, tmp_path / "out", caption_column="titel"),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("train_sspo_sd.py: the data set has no column titel: it has image, text")
+
+
+def test_every_script_ends_with_one_line(each, run_script):
+    code, said = run_script(each, caption_column="titel")
+    assert code == 1
+    assert said == [
+        f"{each.script.__name__}.py: the data set has no column titel: it has {each.script.MODALITY}, text; name the "
+        "one to use with --caption_column"
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, dict(dataloader_num_workers=2), dict(cache_latents=True)])
+def test_a_bad_winner_ends_with_one_line_and_advice(train, run_script, tmp_path, options):
+    """From a loader process, too, whose own message comes with the traceback there."""
+    folder = tmp_path / "data"
+    tiny.folder_of_winners(folder, 4)
+    (folder / "2.png").write_bytes(b"not a picture")
+    code, said = run_script(train, data=folder, **options)
+    assert code == 1
+    assert not [line for line in said if "Traceback" in line]
+    start = f"train_sspo_sd.py: the image {folder}/2.png in row 2 cannot be read: cannot identify image file"
+    assert said[-1].startswith(start)
+    assert said[-1].endswith(": fix it, or do without it by --on_bad_example skip")
+    assert len([line for line in said if "2.png" in line]) == 1
+
+
+@pytest.mark.parametrize("what", ["the metrics", "the base's push", "a checkpoint"])
+def test_a_full_disk_ends_with_one_line(train, whole, run_script, what):
+    """What the system says, and how to resume. The disk is a limit on the size of a file."""
+    options = dict(max_train_steps=2, checkpointing_steps=2)
+    size = (whole(train, **options).path / "replay" / "iteration-0.safetensors").stat().st_size
+    limit = {"the metrics": 300, "the base's push": size - 1, "a checkpoint": size * 3 // 2}[what]
+    options["loss_type"] = "sft" if what == "the metrics" else "sspo"  # the baseline pushes nothing
+    code, said = run_script(
+        train, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)), **options
+    )
+    assert code == 1
+    assert not [line for line in said if "Traceback" in line]
+    why = r".*checkpoint-2\.partial cannot be written: .*" if what == "a checkpoint" else ".*File too large.*"
+    assert re.fullmatch(rf"train_sspo_sd\.py: {why}; fix it and add --resume_from_checkpoint latest", said[-1]), said[
+        -1
+    ]
+
+
+def test_an_interrupt_before_there_is_anything_to_save_is_quiet(train, run_script):
+    def prepare():
+        load = CLIPTextModel.from_pretrained
+        CLIPTextModel.from_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or load(*a, **k)
+
+    assert run_script(train, prepare) == (130, [])
