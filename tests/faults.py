@@ -63,6 +63,22 @@ WINDOWS = [  # one point for each window that a run has
     "the last validation",
 ]
 FILES = WINDOWS[3:7]  # those that depend on what is written, and so on --train_mode
+FULL = [*FILES, "the first checkpoint, its state half written", "saving the result", "the model card"]
+
+# at which point the signal comes, and after which update the run stops then
+SIGNALS = {
+    "self-sampling": ((None, "sample_rivals", 5, "before"), 5),
+    "the loss": ((None, "training_loss", 5, "before"), 5),
+    "a push": (("ReplayBank", "push", 3, "before"), 4),
+    "an update that is due for validation": ((None, "training_loss", 3, "before"), 3),
+    "writing a checkpoint": ((None, "save_denoiser", 2, "before"), 6),
+    "validation": ((None, "draw_samples", 3, "before"), 7),
+    "the last update": ((None, "training_loss", 9, "before"), 9),
+    "the last validation": ((None, "draw_samples", 4, "before"), None),
+    "reading the checkpoint": ((None, "make_accelerator", 1, "before"), 0),
+    "loading the models": ((None, "load_models", 1, "after"), 0),
+    "caching": ((None, "write_tensors", 1, "before"), 0),
+}
 
 
 def at(script, point, act):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,29 @@ def launch(words, processes=1, script="train_sspo_sd.py"):
         command += ["--multi_gpu", "--main_process_port", "0"]  # a free one: tests run side by side
     command = [str(word) for word in [*command, ROOT / script, *words]]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(train, name, **options):
+    """Starts a script by itself, in a group of its own."""
+    command = [sys.executable, train.script.__file__, *train.words(name, **options)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def wait_for(what, process):
+    """Waits until what() is true of a running process."""
+    for _ in range(2400):
+        if what():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    pytest.fail("the run does not move")
+
+
+def updates(run):
+    """How many lines metrics.jsonl has."""
+    path = run.path / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def forget_result(run):

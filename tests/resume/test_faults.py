@@ -10,9 +10,10 @@ import signal
 
 import pytest
 from faults import (
-    FILES,
+    FULL,
     OPTIONS,
     POINTS,
+    SIGNALS,
     assert_as_never_stopped,
     assert_result_is_whole_or_none,
     at,
@@ -21,9 +22,6 @@ from faults import (
     send,
 )
 from helpers import Run, assert_same_result, forget_result
-
-
-FULL = [*FILES, "the first checkpoint, its state half written", "saving the result", "the model card"]
 
 
 @pytest.mark.parametrize("what, mode", [*((what, "lora") for what in POINTS), *((what, "full") for what in FULL)])
@@ -59,22 +57,6 @@ def test_killed_after_it_went_back_to_an_older_checkpoint(train, whole):
 def test_a_result_is_whole_or_none(train, whole, mode, move):
     """Killed while an old result is replaced; the long part has every move of every script."""
     assert assert_result_is_whole_or_none(train, whole, move, **dict(OPTIONS, train_mode=mode))
-
-
-# at which point the signal comes, and after which update the run stops then
-SIGNALS = {
-    "self-sampling": ((None, "sample_rivals", 5, "before"), 5),
-    "the loss": ((None, "training_loss", 5, "before"), 5),
-    "a push": (("ReplayBank", "push", 3, "before"), 4),
-    "an update that is due for validation": ((None, "training_loss", 3, "before"), 3),
-    "writing a checkpoint": ((None, "save_denoiser", 2, "before"), 6),
-    "validation": ((None, "draw_samples", 3, "before"), 7),
-    "the last update": ((None, "training_loss", 9, "before"), 9),
-    "the last validation": ((None, "draw_samples", 4, "before"), None),
-    "reading the checkpoint": ((None, "make_accelerator", 1, "before"), 0),
-    "loading the models": ((None, "load_models", 1, "after"), 0),
-    "caching": ((None, "write_tensors", 1, "before"), 0),
-}
 
 
 INTERRUPTS = ["self-sampling", "writing a checkpoint", "the last update", "loading the models"]

@@ -5,12 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from faults import run_of_two
-from helpers import ENVIRONMENT, LAYOUT, ROOT, Run, assert_same_but_for_rounding, assert_same_result, launch
+from helpers import (
+    ENVIRONMENT,
+    LAYOUT,
+    ROOT,
+    Run,
+    assert_same_but_for_rounding,
+    assert_same_result,
+    launch,
+    start,
+    updates,
+    wait_for,
+)
 
 
 def test_two_processes_make_the_same_run(train, tmp_path):
@@ -95,29 +105,6 @@ def test_recipe_that_does_not_divide_is_refused(tmp_path):
     assert script.returncode == 2
     assert output == "launch.sh: 2048 pairs cannot be dealt to 3 GPUs in micro-batches of 1: change MICRO\n"
     assert not (tmp_path / "never").exists()
-
-
-def start(train, name, **options):
-    """Starts a script by itself, in a group of its own."""
-    command = [sys.executable, train.script.__file__, *train.words(name, **options)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
-
-
-def wait_for(what, process):
-    """Waits until what() is true of a running process."""
-    for _ in range(2400):
-        if what():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    pytest.fail("the run does not move")
-
-
-def updates(run):
-    """How many lines metrics.jsonl has."""
-    path = run.path / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

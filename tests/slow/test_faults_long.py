@@ -6,204 +6,146 @@ what launchers do with signals and failures. tests/README.md has the table.
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import tiny
-import torch
-from conftest import ROOT, Run, flags
-from test_faults import (
+from faults import (
+    FILES,
+    FULL,
     OPTIONS,
     POINTS,
     SIGNALS,
+    WINDOWS,
     assert_as_never_stopped,
     assert_result_is_whole_or_none,
     at,
-    in_child,
+    kill,
+    ranks_in_children,
+    run_of_two,
     send,
-    whole,  # noqa: F401
 )
-from test_processes import ENVIRONMENT, launch, start, wait_for_updates
-from test_sdxl import sdxl, train_xl  # noqa: F401
-from test_training import LAYOUT, assert_same_but_for_rounding, assert_same_result
-from test_video import clips, motion, train_video  # noqa: F401
-
-import train_sspo_sd
-import train_sspo_sdxl
-import train_sspo_video
+from helpers import (
+    LAYOUT,
+    SCRIPTS,
+    Run,
+    assert_same_but_for_rounding,
+    assert_same_result,
+    launch,
+    start,
+    updates,
+    wait_for,
+)
 
 
 pytestmark = pytest.mark.long
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
 CACHE_POINTS = {
-    "the cache, encoded and not yet written": ("LatentCache", "write", 1, "before"),
-    "the cache, written and not yet in place": (None, "save_file", 1, "after"),
+    "the cache, encoded and not yet written": (None, "write_tensors", 1, "before"),
+    "the cache, written and not yet in place": (os, "replace", "rows-0.partial", "before"),
 }
-WINDOWS = [  # one point for each window that a run has
-    "self-sampling",
-    "the loss",
-    "the optimizer's step",
-    "a push, its file written but not yet in place",
-    "evicting",
-    "a checkpoint, complete but for its record",
-    "taking the old checkpoint away, half done",
-    "the last validation",
-]
 
 
-@pytest.fixture
-def trains(train, train_xl, train_video):  # noqa: F811
-    return {"sd": train, "sdxl": train_xl, "video": train_video}
-
-
-def killed_and_resumed(train, whole, what, point, module=train_sspo_sd, **options):  # noqa: F811
-    code = in_child(train, lambda: at(point, send(signal.SIGKILL), module), "killed", **options)
-    assert code == -signal.SIGKILL, f"the run did not come to {what}"
+def killed_and_resumed(train, whole, point, **options):
+    kill(train, "killed", point, **options)
     again = train("killed", resume_from_checkpoint="latest", **options)
-    assert_as_never_stopped(whole(train, module, **options), again)
+    assert_as_never_stopped(whole(train, **options), again)
 
 
-@pytest.mark.parametrize("data", [dict(cache_latents=True), dict(streaming=True)], ids=["cached", "streaming"])
+@pytest.mark.parametrize("what", [what for what in POINTS if what not in FULL])
+def test_killed_in_full_training(train, whole, what):
+    """At the points that the other part of the tests leaves to this one."""
+    killed_and_resumed(train, whole, POINTS[what], train_mode="full", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "data, what",
+    [
+        *(("cache_latents", what) for what in [*CACHE_POINTS, *POINTS]),
+        *(("streaming", what) for what in POINTS),
+    ],
+)
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("what", [*POINTS, *CACHE_POINTS])
-def test_killed_on_other_data(train, whole, mode, data, what):  # noqa: F811
-    if what in CACHE_POINTS and "streaming" in data:
-        pytest.skip("a stream has no cache")
+def test_killed_on_other_data(train, whole, mode, data, what):
     point = {**POINTS, **CACHE_POINTS}[what]
-    killed_and_resumed(train, whole, what, point, train_mode=mode, **data, **OPTIONS)
+    killed_and_resumed(train, whole, point, train_mode=mode, **{data: True}, **OPTIONS)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("script", ["sdxl", "video"])
-@pytest.mark.parametrize("what", WINDOWS)
-def test_killed_in_other_scripts(trains, whole, script, mode, what):  # noqa: F811
-    if mode == "full" and what not in WINDOWS[3:6]:
-        pytest.skip("as in LoRA mode")
-    killed_and_resumed(trains[script], whole, what, POINTS[what], SCRIPTS[script], train_mode=mode, **OPTIONS)
+@pytest.mark.parametrize("mode, what", [*(("lora", what) for what in WINDOWS), *(("full", what) for what in FILES)])
+@pytest.mark.parametrize("kind", ["sdxl", "video"])
+def test_killed_in_other_scripts(trains, whole, kind, mode, what):
+    killed_and_resumed(trains[kind], whole, POINTS[what], train_mode=mode, **OPTIONS)
 
 
 MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3)}  # of the parts of a result, in LoRA and in full mode
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_result_is_whole_or_none_at_every_move(trains, whole, tmp_path, script, mode):  # noqa: F811
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_result_is_whole_or_none_at_every_move(trains, whole, kind, mode):
     options, move = dict(OPTIONS, train_mode=mode, max_train_steps=3), 1
-    while assert_result_is_whole_or_none(trains[script], whole, tmp_path, move, SCRIPTS[script], **options):
+    while assert_result_is_whole_or_none(trains[kind], whole, move, **options):
         move += 1
-    assert move - 1 == MOVES[script][mode == "full"]
+    assert move - 1 == MOVES[kind][mode == "full"]
 
 
-# Two processes. They are forked from this one, which has everything imported, and talk through gloo.
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def ranks_in_children(train, name, prepare=None, patience=30, **options):
-    """
-    Two ranks of a run; prepare(rank) is called in each. As torchrun does, the other one gets SIGTERM when one has
-    failed, and SIGKILL when it does not end then. Returns their exit codes; it is -n for one that died of signal n.
-    """
-    port, running, codes = free_port(), {}, [None, None]
-
-    def join(rank):
-        os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.set_num_threads(1)
-        if prepare is not None:
-            prepare(rank)
-
-    for rank in (0, 1):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                join(rank)
-                train(name, **options)
-                code = 0
-            except train_sspo_sd.UserError as error:
-                print(f"UserError on rank {rank}: {error}", file=sys.stderr, flush=True)
-            except SystemExit as exit:
-                code = exit.code
-            finally:
-                os._exit(code)
-        running[child] = rank
-        os.setpgid(child, next(iter(running)))  # one group, which can be killed at once
-    deadline = time.monotonic() + 300
-    while running:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child in running:
-            rank = running.pop(child)
-            codes[rank] = os.waitstatus_to_exitcode(status)
-            if codes[rank] and running:
-                for other in running:
-                    os.kill(other, signal.SIGTERM)
-                deadline = time.monotonic() + patience
-        elif time.monotonic() > deadline:
-            for other in running:
-                os.kill(other, signal.SIGKILL)
-            deadline = time.monotonic() + 30
-        else:
-            time.sleep(0.05)
-    return codes
+# Two processes
 
 
 @pytest.fixture(scope="module")
 def whole_of_two():
-    return {}
+    """whole_of_two(train, flag=value, ...) is a run on two processes that nothing happened to, made once."""
+    runs = {}
+
+    def make(train, **options):
+        key = repr(sorted(options.items(), key=str))
+        if key not in runs:
+            runs[key] = run_of_two(train, "whole", **options)
+        return runs[key]
+
+    return make
 
 
-def two_whole(train, whole_of_two, **options):
-    key = repr(sorted(options.items(), key=str))
-    if key not in whole_of_two:
-        assert ranks_in_children(train, "whole", **options) == [0, 0]
-        whole_of_two[key] = Run(train.directory / "whole")
-    return whole_of_two[key]
+BOTH = {  # the points that rank 1 comes to as well
+    "self-sampling, between two steps of the sampler": (None, "predict", 17, "before"),  # it draws no samples
+    "the loss": POINTS["the loss"],
+    "the optimizer's step": POINTS["the optimizer's step"],
+    "a checkpoint, complete but for its record": POINTS["a checkpoint, complete but for its record"],
+}
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "both"])
-@pytest.mark.parametrize("what", WINDOWS)
+@pytest.mark.parametrize(
+    "victim, what",
+    [(who, what) for who in ("rank 0", "both") for what in WINDOWS] + [("rank 1", what) for what in BOTH],
+)
 def test_killed_on_two_processes(train, whole_of_two, what, victim):
-    """
-    Rank 0 is killed at any point, rank 1 at those that it comes to. What ends is bit-identical to two processes that
-    were never killed, though a rank outlived the other.
-    """
-    if victim == "rank 1" and what not in ("self-sampling", "the loss", "the optimizer's step", WINDOWS[5]):
-        pytest.skip("rank 1 does not come there")
+    """What ends is bit-identical to two processes that were never killed, though a rank outlived the other."""
     options = dict(OPTIONS, train_batch_size=1)
 
     def prepare(rank):
-        if rank == (victim == "rank 1"):
-            act = (lambda: os.killpg(0, signal.SIGKILL)) if victim == "both" else send(signal.SIGKILL)
-            at(POINTS[what], act)
+        if victim == "both" and rank == 0:
+            at(train.script, POINTS[what], lambda: os.killpg(0, signal.SIGKILL))
+        elif victim == f"rank {rank}":
+            at(train.script, (BOTH if rank else POINTS)[what], send(signal.SIGKILL))
 
     codes = ranks_in_children(train, "killed", prepare, **options)
     killed = {"rank 0": codes[:1], "rank 1": codes[1:], "both": codes}[victim]
     assert set(killed) == {-signal.SIGKILL}, codes
     assert all(codes), "no rank may end as if all was well"
-    assert ranks_in_children(train, "killed", resume_from_checkpoint="latest", **options) == [0, 0]
-    assert_as_never_stopped(two_whole(train, whole_of_two, **options), Run(train.directory / "killed"))
+    again = run_of_two(train, "killed", resume_from_checkpoint="latest", **options)
+    assert_as_never_stopped(whole_of_two(train, **options), again)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("what", ["self-sampling", "the loss", "writing a checkpoint"])
+@pytest.mark.parametrize(
+    "what, who",
+    [("self-sampling", 0), ("self-sampling", 1), ("the loss", 0), ("the loss", 1), ("writing a checkpoint", 0)],
+)
 def test_signal_to_one_of_two_processes(train, whole_of_two, what, who):
     """Both stop after the same update, with one checkpoint that both took part in."""
-    if who == 1 and what == "writing a checkpoint":
-        pytest.skip("rank 1 does not come there")
     point, step = SIGNALS[what]
     options = dict(OPTIONS, train_batch_size=1)
 
     def prepare(rank):
         if rank == who:
-            at(point, send(signal.SIGTERM))
+            at(train.script, point, send(signal.SIGTERM))
 
     codes = ranks_in_children(train, "stopped", prepare, **options)
     # The one that ends later gets SIGTERM again, when it has nothing left to do.
@@ -211,102 +153,105 @@ def test_signal_to_one_of_two_processes(train, whole_of_two, what, who):
     run = Run(train.directory / "stopped")
     assert len(run.metrics) == step
     assert (run.path / f"checkpoint-{step}" / "random_states_1.pkl").exists()
-    assert ranks_in_children(train, "stopped", resume_from_checkpoint="latest", **options) == [0, 0]
-    assert_same_result(two_whole(train, whole_of_two, **options), run)
+    again = run_of_two(train, "stopped", resume_from_checkpoint="latest", **options)
+    assert_same_result(whole_of_two(train, **options), again)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_are_one(trains, script, mode):
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_two_processes_are_one(trains, kind, mode):
     """2 x 2 against 1 x 4, for all scripts."""
-    train, options = trains[script], dict(LAYOUT, train_mode=mode)
+    train, options = trains[kind], dict(LAYOUT, train_mode=mode)
     one = train("one", train_batch_size=4, **options)
-    assert ranks_in_children(train, "two", train_batch_size=2, **options) == [0, 0]
-    assert_same_but_for_rounding(one, Run(one.path.parent / "two"))
+    assert_same_but_for_rounding(one, run_of_two(train, "two", train_batch_size=2, **options))
 
 
 @pytest.mark.parametrize("rollouts", [1, 4])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_accumulated_batches_are_one(trains, script, mode, rollouts):
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_accumulated_batches_are_one(trains, kind, mode, rollouts):
     """1 x 1 with 4 accumulated and rivals sampled 1 or 4 at once against 1 x 4, for all scripts."""
-    train, options = trains[script], dict(LAYOUT, train_mode=mode)
+    train, options = trains[kind], dict(LAYOUT, train_mode=mode)
     one = train("one", train_batch_size=4, **options)
     parts = dict(train_batch_size=1, gradient_accumulation_steps=4, rollout_batch_size=rollouts)
     assert_same_but_for_rounding(one, train("parts", **parts, **options))
 
 
-# What launchers do: processes as users start them.
+# What launchers do: processes as users start them
 
 
-def test_a_bad_picture_on_one_rank_ends_both_and_is_named(sd, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_on_one_rank_ends_both_and_is_named(train, tmp_path, workers):
     """It is met by one of two ranks, the other waits for it in vain: one line from us, and no hang."""
     folder = tmp_path / "data"
     tiny.folder_of_winners(folder)
     (folder / "3.png").write_bytes(b"")
-    process = launch(flags(sd, folder, tmp_path / "run", train_batch_size=1, max_train_steps=20), processes=2)
+    options = dict(data=folder, train_batch_size=1, max_train_steps=20, dataloader_num_workers=workers)
+    process = launch(train.words("run", **options), processes=2)
     output, _ = process.communicate(timeout=180)
     assert process.returncode not in (0, None)
-    assert len(re.findall(r"train_sspo_sd.py: the picture .*3\.png in row 3 cannot be read", output)) == 1
+    line = r"train_sspo_sd.py: the image .*3\.png in row 3 cannot be read: .*: fix it, or .*--on_bad_example skip"
+    assert len(re.findall(line, output)) == 1
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_signal_to_the_launcher_of_two_processes(train, sd, winners, tmp_path, workers):
-    """torchrun passes SIGTERM on to the group of each rank, loaders and all: both save, and the run can go on."""
+def test_signal_to_the_launcher_of_two_processes(train, workers):
+    """torchrun passes SIGTERM on to the group of each rank, loaders and all: both save, and the run can be resumed."""
     options = dict(max_train_steps=400, train_batch_size=1, dataloader_num_workers=workers, checkpointing_steps=1000)
-    run = Run(tmp_path / "stopped")
-    process = launch(flags(sd, winners, run.path, **options), processes=2)
-    wait_for_updates(run, 5, process)
+    run = Run(train.directory / "stopped")
+    process = launch(train.words("stopped", **options), processes=2)
+    wait_for(lambda: updates(run) >= 5, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
-    step = len(run.metrics)
+    step = updates(run)
     assert [path.name for path in run.path.glob("checkpoint-*")] == [f"checkpoint-{step}"], output
     options.update(max_train_steps=step + 2, checkpointing_steps=step + 2)
-    assert ranks_in_children(train, "stopped", resume_from_checkpoint="latest", **options) == [0, 0]
-    assert ranks_in_children(train, "whole", **options) == [0, 0]
-    assert_same_result(Run(tmp_path / "whole"), run)
+    again = run_of_two(train, "stopped", resume_from_checkpoint="latest", **options)
+    assert_same_result(run_of_two(train, "whole", **options), again)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_the_whole_group(sd, winners, tmp_path, number):
+def test_signal_to_the_whole_group(train, number):
     """As the terminal's Ctrl-C and many schedulers send it: the loader processes, too, get it."""
-    run = Run(tmp_path / "stopped")
+    run = Run(train.directory / "stopped")
     options = dict(max_train_steps=400, dataloader_num_workers=2, gradient_accumulation_steps=4)
-    command = [sys.executable, ROOT / "train_sspo_sd.py", *flags(sd, winners, run.path, **options)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    wait_for_updates(run, 3, process)
+    process = start(train, "stopped", **options)
+    wait_for(lambda: updates(run) >= 3, process)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
-    assert (run.path / f"checkpoint-{len(run.metrics)}" / "run.json").exists()
+    assert (run.path / f"checkpoint-{updates(run)}" / "run.json").exists()
+
+
+def test_interrupt_of_the_whole_group_while_it_caches(train, tmp_path):
+    """Quiet, and what was cached is kept; the run that is resumed is the one that was never stopped."""
+    data = tiny.folder_of_winners(tmp_path / "data", 64 * 20)
+    options = dict(data=data, cache_latents=True, dataloader_num_workers=2, max_train_steps=2, checkpointing_steps=2)
+    run = Run(train.directory / "stopped")
+    process = start(train, "stopped", **options)
+    wait_for(lambda: list(run.path.rglob("rows-*.safetensors")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    cached = {path: path.stat().st_mtime_ns for path in run.path.rglob("rows-*.safetensors")}
+    assert 0 < len(cached) < 20
+    again = train("stopped", resume_from_checkpoint="latest", **options)
+    assert cached == {path: path.stat().st_mtime_ns for path in cached}
+    assert_same_result(train("whole", **options), again)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_before_the_first_update(sd, winners, tmp_path, number):
-    """While it imports and loads there is nothing to save: it ends at once, without a traceback."""
-    process = start(sd, winners, tmp_path / "run")
-    while not (tmp_path / "run").exists():  # made by the first check of the flags
-        time.sleep(0.05)
+def test_signal_before_the_first_update(train, number):
+    """While it loads there is nothing to save: it ends at once, without a traceback."""
+    run = Run(train.directory / "run")
+    process = start(train, "run")
+    wait_for(run.path.exists, process)  # made by the first check of the flags
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGTERM else 130)
     assert "Traceback" not in output
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("form", ["--hub_token {}", "--hub_token={}"])
-def test_the_token_is_written_nowhere(sd, winners, tmp_path, form):
-    """Not in a file that the run leaves, nor in what it prints: not even when the hub refuses it."""
-    words = [str(word) for word in flags(sd, winners, tmp_path / "run", report_to="tensorboard", max_train_steps=2)]
-    words += ["--checkpointing_steps", "1", "--push_to_hub", *form.format("hf_SECRETSECRETSECRET").split()]
-    result = subprocess.run([sys.executable, ROOT / "train_sspo_sd.py", *words], env=ENVIRONMENT, capture_output=True)
-    printed = (result.stdout + result.stderr).decode()
-    assert result.returncode == 1 and "the hub did not take it" in printed.splitlines()[-1]
-    assert "Traceback" not in printed and "SECRET" not in printed
-    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) > 10 and not [path for path in files if b"SECRET" in path.read_bytes()]
+    assert not (run.path / "metrics.jsonl").exists()
