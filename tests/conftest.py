@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -94,21 +95,24 @@ def pairs(tmp_path_factory):
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    trains["sdxl"] and trains["video"] with theirs.
+    trains["sdxl"] and trains["video"] with theirs. trains["sd"].words(name, flag=value, ...) is its command line.
     """
 
     def trainer(kind):
-        def train(name="run", script=SCRIPTS[kind], model=None, data=None, **options):
+        def words(name="run", model=None, data=None, **options):
             if kind == "video":
                 base, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
                 model, options = model or base, {**clip, **options}
             model = model or request.getfixturevalue(kind)
             data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
-            run_main(script, flags(model, data, tmp_path / name, **options))
+            return flags(model, data, tmp_path / name, **options)
+
+        def train(name="run", script=SCRIPTS[kind], **options):
+            run_main(script, words(name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script = tmp_path, SCRIPTS[kind]
+        train.directory, train.script, train.words = tmp_path, SCRIPTS[kind], words
         return train
 
     return {kind: trainer(kind) for kind in SCRIPTS}
@@ -161,3 +165,18 @@ def log(tmp_path):
     for logger in loggers:
         logger.removeHandler(handler)
     handler.close()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """whole(train, flag=value, ...) is the run that nothing happened to, made once a script and set of flags."""
+    runs = {}
+
+    def make(train, **options):
+        key = train.script.__name__ + repr(sorted(options.items(), key=str))
+        if key not in runs:
+            path = train("whole", **options).path
+            runs[key] = Run(shutil.move(path, tmp_path_factory.mktemp("whole") / "run"))
+        return runs[key]
+
+    return make

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,29 @@ def launch(words, processes=1, script="train_sspo_sd.py"):
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def start(train, name, **options):
+    """Starts a script by itself, in a group of its own."""
+    command = [sys.executable, train.script.__file__, *train.words(name, **options)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+def wait_for(what, process):
+    """Waits until what() is true of a running process."""
+    for _ in range(2400):
+        if what():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    pytest.fail("the run does not move")
+
+
+def updates(run):
+    """How many lines metrics.jsonl has."""
+    path = run.path / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def forget_result(run):
     """Takes away what a finished run left, so that it can be resumed without being told that it is there."""
     for script in SCRIPTS.values():
@@ -135,6 +159,7 @@ def assert_same_result(one, other):
     record = json.loads(next(iter(sorted(one.path.glob("checkpoint-*/run.json")))).read_text())["settings"]
     bank = train_sspo_sd.ReplayBank(one.path / "replay", record["--replay_size"])
     live = [bank.path(index) for index in bank.live(len(one.metrics) // record["--replay_steps"] + 1)]
+    live = live if record["--loss_type"] == "sspo" else []
     results = [path for path in one.path.rglob("*.safetensors") if not {"replay", "cache"} & set(path.parts[:-1])]
     for path in [*live, *(path for path in results if "checkpoint-" not in str(path))]:
         ours, theirs = load_file(path), load_file(other.path / path.relative_to(one.path))
