@@ -118,6 +118,13 @@ def updates(run):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def keep_models(monkeypatch, script):
+    """A list of the models that runs of `script` hand to save_result."""
+    kept, save = [], script.save_result
+    monkeypatch.setattr(script, "save_result", lambda models, *rest: kept.append(models) or save(models, *rest))
+    return kept
+
+
 def forget_result(run):
     """Takes away what a finished run left, so that it can be resumed without being told that it is there."""
     for script in SCRIPTS.values():
