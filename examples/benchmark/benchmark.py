@@ -1,12 +1,13 @@
 """How close train_sspo_sd.py comes to the bare calls of its UNet, and how its cost grows. `make benchmark` runs it.
 
 The model is Stable Diffusion 1.5 at a quarter of its width (UNet of 54 million random weights, text encoder and VAE to
-scale), at 16 x 16 latents. Everything runs in one process, on the accelerator if there is one. What is compared takes
-turns, so that a machine's moods fall on both; of the ratios of neighbours the median counts, and the lowest and the
-highest are printed beside it. On a CPU seconds are those that this process computes, whatever else the machine does.
+scale), at 16 x 16 latents. The script's own main runs, in this process, on the accelerator if there is one. What is
+compared takes turns, run by run, so that a machine's moods fall on both. The table has the median of the ratios of
+neighbours, with the lowest and the highest. On a CPU seconds are those that this process computes, whatever else the
+machine does.
 
-What an update is: all that the script does from asking for its data to writing its logs, in a run that `main` has set
-up. Loading a reference and pushing a checkpoint, once in --replay_steps updates, have a line of their own.
+What an update is: all that the script does from asking for its data to asking for the next one's, logs included. The
+first update of a run warms up and is left out. Flags are the script's defaults where a line does not say otherwise.
 
 Lines of the table:
 
@@ -18,7 +19,7 @@ floor         Time of an update over the time of the UNet's calls alone, at the 
               In the first iteration the reference is the base, in the second what the policy was.
 obvious way   Time of the same update put together from stock parts, over ours: one example at a time through the stock
               pipeline, its picture to PIL and back through the VAE, a deep-copied reference, winner and rival in
-              separate forwards. Once with the pipeline's own sampler and 50 steps, once with ours and as many steps.
+              separate forwards. Once with the pipeline's own sampler, 50 guided steps, once with ours.
 draws         Cost of a draw of (timestep, noise) with --draws_per_pair n, over that with 1.
 rows          Time of an update (with a rollout of 2 steps, so that data weigh more) on 100 times as many winners.
 replay        Time of an update, its push and its reference's load (--replay_steps 1, full) with --replay_size 8 over
@@ -29,9 +30,9 @@ processes     Time of an update of two processes over that of one, by the clock,
               the same batch in each process. It needs two devices or idle cores.
 calls         Calls of the UNet in an update, counted by a hook, and what `expected_calls` says.
 
-    python examples/benchmark.py                            # all lines, a quarter of an hour of one core
-    python examples/benchmark.py --lines floor obvious      # some
-    python examples/benchmark.py --quick                    # a tiny model: shows that it runs, not how fast
+    python examples/benchmark/benchmark.py                          # all lines, a quarter of an hour of one core
+    python examples/benchmark/benchmark.py --lines floor obvious    # some
+    python examples/benchmark/benchmark.py --quick                  # a tiny model: shows that it runs, not how fast
 """
 
 # ruff: noqa: E402
@@ -41,7 +42,7 @@ import copy
 import io
 import json
 import os
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
@@ -52,7 +53,7 @@ from unittest import mock
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import datasets
@@ -62,6 +63,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -80,8 +82,9 @@ def expected_calls(args):
     """
     The calls of the UNet in one update of one process, in order: the number of latents of each.
 
-    This is the cost that the script's docstring tells: the sampler's steps on the guidance-doubled rollout batch, then
+    This is the cost that docs/method.md tells: the sampler's steps on the rollout batch, which guidance doubles, then
     for each micro-batch reference and policy on winners and rivals, and with --split_pairs the policy once more.
+    Where --rivals_per_winner finds rivals kept, it is less.
     """
     micro_batches, b = args.gradient_accumulation_steps, args.train_batch_size
     if args.loss_type == "sft":
@@ -91,7 +94,8 @@ def expected_calls(args):
     pair = 5 * [b * args.draws_per_pair] if args.split_pairs else 2 * [2 * b * args.draws_per_pair]
     for first in range(0, micro_batches, group):
         sampled = min(group, micro_batches - first)
-        calls += steps * [guided * sampled * b] + sampled * pair
+        calls += steps * [guided * sampled * b] if args.rivals == "self" else []
+        calls += sampled * pair
     return calls
 
 
@@ -103,7 +107,7 @@ def expected_calls(args):
 def write_model(directory, width=80):
     """Writes Stable Diffusion 1.5 with random weights; `width` is 320 in the original, the other parts go with it."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples/emoji/base/tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples/quickstart/base/tokenizer", model_max_length=77)
     hidden, groups = width * 12 // 5, width // 10
     text_encoder = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -198,52 +202,43 @@ def silent():
         yield
 
 
-class Session:
-    """A run that `main` has set up, and that stands where its loop would begin."""
+class Run:
+    """
+    A run of the script's main, seen at the moments at which it asks for the data of an update.
 
-    def __init__(self, bench, name, data=None, **options):
+    Args:
+        note: called at each of these moments, and once when the loop is over.
+    Attributes:
+        seconds: of each update.
+        notes: one more than updates: what `note` returned before each, and at the end.
+    """
+
+    def __init__(self, bench, name, updates, data=None, note=lambda: None, **options):
         output = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.directory))
-        self.args = script.parse_args(bench.flags(data or bench.folder, output, **options))
-        with mock.patch.object(script, "train", return_value=signal.SIGTERM) as train, silent():  # nothing is saved
-            with contextlib.suppress(SystemExit):
-                script.main(self.args)
-        self.inputs = train.call_args.args
-        _, self.models, *_, self.bank, _, _, self.record, _, self.accelerator = self.inputs
-        self.update()  # to warm up
+        self.args = script.parse_args(bench.flags(data or bench.folder, output, max_train_steps=updates, **options))
+        self.seconds, self.notes, last, make_loader, save_result = [], [], None, script.make_loader, script.save_result
 
-    def train(self):
-        """One update and all that goes with it, by the script's own loop: seconds with the reference, and without."""
-        moments, update = [now()], script.update
+        def moment():
+            nonlocal last
+            if last is not None:
+                self.seconds.append(now() - last)
+            self.notes.append(note())
+            last = now()
 
-        def noted(*inputs):
-            moments.append(now())
-            return update(*inputs)
+        def watched_loader(*given, **named):  # an update is one micro-batch here
+            loader = make_loader(*given, **named)
+            while True:
+                moment()
+                yield next(loader)
 
-        self.args.max_train_steps = self.record["step"] + 1
-        with mock.patch.object(script, "update", noted), silent():
-            stopped = script.train(*self.inputs)
-        if stopped:  # by a signal, which the loop answers to
-            sys.exit(128 + stopped)
-        moments.append(now())
-        return moments[2] - moments[0], moments[2] - moments[1]
+        def watched_result(*given, **named):
+            moment()
+            save_result(*given, **named)
 
-    def update(self):
-        """Seconds of one update, its reference being in place."""
-        return self.train()[1]
-
-    def enter_second_iteration(self):
-        """One update, then its checkpoint becomes the reference (with --reference latest) of those that follow."""
-        self.update()
-        self.bank.push(1, script.policy_weights(self.models, self.args))
-        self.record["step"] = self.args.replay_steps
-
-    def calls(self):
-        """The numbers of latents of the UNet's calls in one update."""
-        calls = []
-        hook = self.models.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-        self.update()
-        hook.remove()
-        return calls
+        patched = dict(make_loader=watched_loader, save_result=watched_result)
+        with mock.patch.multiple(script, **patched), silent():
+            script.main(self.args)
+        shutil.rmtree(output)
 
 
 class Bench:
@@ -285,8 +280,9 @@ class Bench:
 
 
 def take_turns(rounds, *jobs):
-    """Runs the jobs in turn: for each job the list of what it returned."""
-    return list(zip(*([job() for job in jobs] for _ in range(rounds))))
+    """Runs the jobs in turn. Returns for each job the list of what its turns returned, lists put end to end."""
+    turns = [[job() for job in jobs] for _ in range(rounds)]
+    return [sum((turn[i] for turn in turns), []) for i in range(len(jobs))]
 
 
 def ratios(over, under):
@@ -298,19 +294,19 @@ def ratios(over, under):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def bare_unet(bench, session, adapters):
+def bare_unet(args, adapters):
     """A UNet that the script's machinery does not touch, with the same adapters or without."""
-    models = script.load_models(session.args, torch.float32)
+    models, device = script.load_models(args, torch.float32), "cuda" if torch.cuda.is_available() else "cpu"
     if adapters:
-        script.prepare_denoisers(models, session.args, session.accelerator.device)
-    elif session.args.train_mode == "full":
+        script.prepare_denoiser(models, args, device)
+    elif args.train_mode == "full":
         models.denoiser.requires_grad_(True)
-    return models.denoiser.to(session.accelerator.device).eval()
+    return models.denoiser.to(device).eval()
 
 
-def floor_of(session, twins):
-    """One update, each call of it followed by its twins: seconds of the update, and of each twin's calls."""
-    predict, spent = script.predict, dict.fromkeys(twins, 0.0)
+def followed_by(twins, spent):
+    """The script's predict, each call of it followed by those of the `twins`, whose seconds are added to `spent`."""
+    predict = script.predict
 
     def followed(denoiser, noisy, timesteps, condition):
         result = predict(denoiser, noisy, timesteps, condition)
@@ -325,36 +321,43 @@ def floor_of(session, twins):
             unet.zero_grad()
         return result
 
-    with mock.patch.object(script, "predict", followed):
-        total = session.update()
-    return total - sum(spent.values()), spent
+    return followed
 
 
 def line_floor(bench):
     for mode in ("lora", "full"):
         for cached in (True, False):
-            options = dict(train_mode=mode, cache_latents=cached, reference="latest")
-            session = Session(bench, "floor", **options)
-            twins = {"bare": bare_unet(bench, session, adapters=False)}
+            # The first update warms up, the second counts for the first iteration; the third has a push and a load,
+            # which are no part of this line, and those behind it count for the second iteration.
+            updates = 3 + bench.rounds(2 if cached else 1)
+            options = dict(train_mode=mode, cache_latents=cached, reference="latest", replay_steps=3)
+            args = script.parse_args(bench.flags(bench.folder, "unused", **options))
+            twins = {"bare": bare_unet(args, adapters=False)}
             if mode == "lora":
-                twins["with adapters"] = bare_unet(bench, session, adapters=True)
-            for iteration in ("first", "second") if mode == "lora" and cached else ("second",):
-                if iteration == "second":
-                    session.enter_second_iteration()
-                measured = [floor_of(session, twins) for _ in range(bench.rounds(2 if cached else 1))]
+                twins["with adapters"] = bare_unet(args, adapters=True)
+            spent = dict.fromkeys(twins, 0.0)
+            with mock.patch.object(script, "predict", followed_by(twins, spent)):
+                run = Run(bench, "floor", updates, note=lambda spent=spent: dict(spent), **options)
+            of_twins = [
+                {name: after[name] - before[name] for name in twins} for before, after in zip(run.notes, run.notes[1:])
+            ]
+            ours = [seconds - sum(twin.values()) for seconds, twin in zip(run.seconds, of_twins)]
+            for iteration, chosen in {"first": slice(1, 2), "second": slice(3, None)}.items():
+                if iteration == "first" and (mode == "full" or not cached):
+                    continue
                 for name in twins:
                     what = f"{mode}{', cached' if cached else ''}, {iteration} iteration, over {name}"
-                    goal = ("<=", 1.05) if cached else None
-                    bench.row("floor", what, [total / spent[name] for total, spent in measured], goal)
+                    under = [twin[name] for twin in of_twins[chosen]]
+                    bench.row("floor", what, ratios(ours[chosen], under), ("<=", 1.05) if cached else None)
 
 
 class ObviousWay:
     """The same update from stock parts, example by example."""
 
-    def __init__(self, session):
-        self.args, self.device = session.args, session.accelerator.device
-        self.models = models = script.load_models(self.args, torch.float32)
-        script.prepare_denoisers(models, self.args, self.device)
+    def __init__(self, args):
+        self.args, self.device = args, "cuda" if torch.cuda.is_available() else "cpu"
+        self.models = models = script.load_models(args, torch.float32)
+        script.prepare_denoiser(models, args, self.device)
         for module in models.encoders:
             module.to(self.device)
         self.reference = copy.deepcopy(models.denoiser)
@@ -372,10 +375,10 @@ class ObviousWay:
         self.examples = datasets.load_dataset("imagefolder", data_dir=self.args.train_data_dir, split="train")
 
     def sample(self, caption, steps):
-        """The pipeline's picture; with `steps` None it has its own sampler and as many steps as it wants."""
+        """The pipeline's picture; with `steps` None it has its own sampler, guidance and number of steps."""
         self.pipeline.scheduler = script.rollout_scheduler(self.models, self.args) if steps else self.own_scheduler
-        steps = {"num_inference_steps": steps} if steps else {}
-        return self.pipeline(caption, height=self.args.resolution, width=self.args.resolution, **steps).images[0]
+        ours = dict(num_inference_steps=steps, guidance_scale=self.args.rollout_guidance_scale) if steps else {}
+        return self.pipeline(caption, height=self.args.resolution, width=self.args.resolution, **ours).images[0]
 
     def errors(self, unet, latents, noise, timestep, embeds):
         noisy = self.models.noise_scheduler.add_noise(latents, noise, timestep)
@@ -403,33 +406,44 @@ class ObviousWay:
 
 
 def line_obvious(bench):
-    session = Session(bench, "obvious", cache_latents=False)
-    obvious, steps = ObviousWay(session), session.args.rollout_steps
+    obvious = ObviousWay(script.parse_args(bench.flags(bench.folder, "unused", cache_latents=False)))
+    steps = obvious.args.rollout_steps
     obvious.update(1)  # to warm up
-    ours, own, equal = take_turns(bench.rounds(2), session.update, obvious.update, lambda: obvious.update(steps))
-    bench.row("obvious way", "the pipeline's 50 steps, over ours at the defaults", ratios(own, ours), (">=", 4))
-    bench.row("obvious way", f"{steps} steps, over ours with as many", ratios(equal, ours), (">=", 1.5))
+
+    def ours():
+        return Run(bench, "obvious", 2, cache_latents=False).seconds[1:]
+
+    ours, own, equal = take_turns(bench.rounds(2), ours, lambda: [obvious.update()], lambda: [obvious.update(steps)])
+    bench.row("obvious way", "the pipeline's 50 guided steps, over ours at the defaults", ratios(own, ours), (">=", 6))
+    bench.row("obvious way", f"{steps} unguided steps, over ours with as many", ratios(equal, ours), (">=", 1.5))
+
+
+def in_turns(bench, name, rounds, updates, variants, **options):
+    """For each of `variants`, dicts of flags, the seconds of its updates but the first, from runs that take turns."""
+
+    def job(variant):
+        return lambda: Run(bench, name, 1 + bench.rounds(updates), **options, **variant).seconds[1:]
+
+    return take_turns(bench.rounds(rounds), *map(job, variants))
 
 
 def line_draws(bench):
     counts = (1, 2, 4, 8)
-    sessions = [Session(bench, "draws", train_batch_size=1, draws_per_pair=count) for count in counts]
-    times = take_turns(bench.rounds(3), *(session.update for session in sessions))
+    times = in_turns(bench, "draws", 2, 2, [{"draws_per_pair": count} for count in counts], train_batch_size=1)
     for count, measured in list(zip(counts, times))[1:]:
-        what = f"cost a draw with {count}, over that with 1"
-        bench.row(
-            "draws", what, [ratio / count for ratio in ratios(measured, times[0])], ("<=", 0.4) if count == 4 else None
-        )
+        shares = [ratio / count for ratio in ratios(measured, times[0])]
+        goal = ("<=", 0.5) if count == 4 else None
+        bench.row("draws", f"cost a draw with {count}, over that with 1", shares, goal)
 
 
 def line_rows(bench):
     few, many = (100, 400) if bench.quick else (1_000, 100_000)
     for count in (few, many):
         write_rows(bench.directory / f"rows-{count}", count)
+    variants = [{"data": bench.directory / f"rows-{count}"} for count in (few, many)]
     for streaming in (False, True):
         options = dict(streaming=streaming, cache_latents=False, rollout_steps=2, train_batch_size=2)
-        sessions = [Session(bench, "rows", data=bench.directory / f"rows-{count}", **options) for count in (few, many)]
-        short, long = take_turns(bench.rounds(10), *(session.update for session in sessions))
+        short, long = in_turns(bench, "rows", 2, 5, variants, **options)
         what = f"{many} rows{', streaming' if streaming else ''}, over {few}"
         bench.row("rows", what, ratios(long, short), ("<=", 1.02))
 
@@ -458,36 +472,48 @@ def peak_memory(bench, **options):
 
 def line_replay(bench):
     options = dict(train_mode="full", train_batch_size=1, rollout_steps=2, replay_steps=1)
-    sessions = [Session(bench, "replay", replay_size=size, **options) for size in (1, 8)]
-    for session in sessions:  # until the bank is full
-        for _ in range(1 if bench.quick else 7):
-            session.train()
-    small, large = take_turns(bench.rounds(8), *(lambda s=session: s.train()[0] for session in sessions))
+    sizes = [{"replay_size": size} for size in (1, 8)]
+    small, large = in_turns(bench, "replay", 2, 11, sizes, **options)
+    full = 0 if bench.quick else 6  # updates after the first until a bank of 8 is full
+    small, large = ([time for i, time in enumerate(times) if i % 11 >= full] for times in (small, large))
     bench.row("replay", "8 checkpoints over 1, time", ratios(large, small), ("<=", 1.03))
-    small, large = (peak_memory(bench, replay_size=size, max_train_steps=10, **options) for size in (1, 8))
+    small, large = (peak_memory(bench, **size, max_train_steps=10, **options) for size in sizes)
     bench.row("replay", "8 checkpoints over 1, peak memory", [large / small], ("<=", 1.03))
 
 
-def turn_over(session):
-    """Seconds that it takes to push the policy and to load it as the reference."""
-    started = now()
-    session.bank.push(1, script.policy_weights(session.models, session.args))
-    script.load_reference(session.models, session.bank.load(1), session.args)
-    return now() - started
-
-
 def line_turnover(bench):
+    """Each update pushes the policy and loads it as the next one's reference; what that takes is told apart."""
+    replay_steps = script.parse_args(bench.flags("unused", "unused")).replay_steps
     for mode in ("lora", "full"):
-        session = Session(bench, "turnover", train_mode=mode, train_batch_size=1)
-        updates, turns = take_turns(bench.rounds(3), session.update, lambda s=session: turn_over(s))
-        share = [100 * ratio / session.args.replay_steps for ratio in ratios(turns, updates)]
-        bench.row("turnover", f"{mode}, per cent of {session.args.replay_steps} updates", share)
+        spent = [0.0]
+
+        def timed(function, spent=spent):
+            def call(*given):
+                started = now()
+                result = function(*given)
+                spent[0] += now() - started
+                return result
+
+            return call
+
+        bank = script.ReplayBank
+        with (
+            mock.patch.object(script, "policy_weights", timed(script.policy_weights)),
+            mock.patch.object(script, "load_reference", timed(script.load_reference)),
+            mock.patch.object(bank, "push", timed(bank.push)),
+            mock.patch.object(bank, "load", timed(bank.load)),
+        ):
+            options = dict(train_mode=mode, train_batch_size=1, replay_steps=1, reference="latest")
+            run = Run(bench, "turnover", 2 + bench.rounds(3), note=lambda spent=spent: spent[0], **options)
+        turns = [after - before for before, after in zip(run.notes, run.notes[1:])][1:-1]  # the last loads nothing
+        updates = [seconds - turn for seconds, turn in zip(run.seconds[1:], turns)]
+        share = [100 * ratio / replay_steps for ratio in ratios(turns, updates)]
+        bench.row("turnover", f"{mode}, per cent of {replay_steps} updates", share)
 
 
 def line_batch(bench):
     sizes = (1, 2, 4)
-    sessions = [Session(bench, "batch", train_batch_size=size) for size in sizes]
-    times = take_turns(bench.rounds(3), *(session.update for session in sessions))
+    times = in_turns(bench, "batch", 2, 2, [{"train_batch_size": size} for size in sizes])
     for i in range(1, len(sizes)):
         what = f"time a pair at batch {sizes[i]}, over batch {sizes[i - 1]}"
         bench.row("batch", what, [ratio / 2 for ratio in ratios(times[i], times[i - 1])], ("<=", 1))
@@ -514,12 +540,26 @@ def line_processes(bench):
 
 
 def line_calls(bench):
-    for options in ({}, {"rollout_strength": 0.5}, {"loss_type": "sft"}, {"train_mode": "full", "draws_per_pair": 2}):
-        session = Session(bench, "calls", train_batch_size=1, **options)
-        counted, expected = session.calls(), expected_calls(session.args)
+    for options in (
+        {},
+        {"rollout_guidance_scale": 7.5},
+        {"rollout_strength": 0.5},
+        {"loss_type": "sft"},
+        {"train_mode": "full", "draws_per_pair": 2},
+    ):
+        calls = []
+
+        def count(module, inputs, calls=calls):
+            if isinstance(module, UNet2DConditionModel):
+                calls.append(len(inputs[0]))
+
+        hook = register_module_forward_pre_hook(count)
+        run = Run(bench, "calls", 1, train_batch_size=1, **options)
+        hook.remove()
+        expected = expected_calls(run.args)
         what = " ".join(f"--{name} {value}" for name, value in options.items()) or "defaults"
-        verdict = "as expected" if counted == expected else f"expected {len(expected)}"
-        print(f"{'calls':<12} {what:<58} {len(counted):7}                    {verdict}", flush=True)
+        verdict = "as expected" if calls == expected else f"expected {len(expected)}"
+        print(f"{'calls':<12} {what:<58} {len(calls):7}                    {verdict}", flush=True)
 
 
 LINES = {name.removeprefix("line_"): line for name, line in list(globals().items()) if name.startswith("line_")}

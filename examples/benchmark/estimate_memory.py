@@ -1,11 +1,11 @@
 """
 How much memory of an accelerator a run will need, computed without an accelerator, weights or data.
 
-    python examples/estimate_memory.py                        # the table of memory.md; some minutes
-    python examples/estimate_memory.py sdxl --mixed_precision fp16 --gradient_checkpointing --train_batch_size 1
+    python examples/benchmark/estimate_memory.py            # the table of docs/memory.md; some minutes
+    python examples/benchmark/estimate_memory.py sdxl --mixed_precision fp16 --gradient_checkpointing
 
 The first word names the script (sd, sdxl, video); what follows are flags of that script. Its own functions run, from
-prepare_denoisers to a whole update and a validation, on models of the real size made of fake tensors, which have a
+prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which have a
 shape and no contents. Every storage is counted from its allocation to its end.
 
 Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
@@ -27,7 +27,7 @@ from unittest import mock
 
 
 os.environ["ACCELERATE_USE_CPU"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -203,7 +203,7 @@ def build_models(family, script, args, dtype):
         parts["vae"].enable_slicing()
         parts["denoiser"] = build(UNet2DConditionModel, torch.float32 if full else dtype, **UNETS[family])
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-    return script.Models(reference=None, noise_scheduler=schedule, **parts)
+    return script.Models(noise_scheduler=schedule, **parts)
 
 
 def tokenize(captions, **_):
@@ -213,26 +213,14 @@ def tokenize(captions, **_):
 tokenize.model_max_length = 77
 
 
-def make_examples(script, models, args):
+def make_examples(script, args):
     """The examples of one micro-batch as the data set gives them."""
     frames = (args.num_frames,) if hasattr(args, "num_frames") else ()
+    pixels = (*frames, 3, *script.picture_size(args))
     return [
-        dict(
-            epoch=0,
-            row=row,
-            dropped=False,
-            geometry=script.whole_picture(args),
-            pixels=torch.zeros(*frames, 3, *script.picture_size(args)),
-            caption="",
-        )
+        dict(epoch=0, row=row, caption="", pixels=torch.zeros(pixels), **script.uncropped(args))
         for row in range(args.train_batch_size)
     ]
-
-
-def load_batches(script, models, args, cached):
-    """Micro-batches without end, as Loader gives them; of `cached` examples if there are any."""
-    while True:
-        yield [dict(example) for example in cached or make_examples(script, models, args)], (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -262,7 +250,6 @@ def replaced(script, memory):
         (script, "rollout_scheduler", short_schedule(script.rollout_scheduler)),
         (script, "encode_examples", memory.during("encode", script.encode_examples)),
         (script, "self_sample", memory.during("sample", script.self_sample)),
-        (script, "update", memory.during("update", script.update)),
         (script, "decode_latents", memory.during("decode", script.decode_latents)),
     ]
     with ExitStack() as stack:
@@ -306,18 +293,18 @@ def run(family, script, args, memory):
     accelerator = script.make_accelerator(args)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     models = build_models(family, script, args, dtype)
-    script.prepare_denoisers(models, args, accelerator.device)
+    script.prepare_denoiser(models, args, accelerator.device)
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
-    optimizer, schedule = script.make_optimizer(trained, args, 1)
+    optimizer, schedule = script.make_optimizer(trained, args)
     for group in optimizer.param_groups:
         group["foreach"] = True  # as on a GPU
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
     optimizer.step = memory.during("step", optimizer.step)
     empty_prompt = script.encode_prompt(models, [""])[0]
-    validation = script.Validation(models, empty_prompt, args, accelerator)
-    cached = make_examples(script, models, args) if args.cache_latents else []
+    prompts = script.encode_prompt(models, args.validation_prompts)
+    script.draw_samples(models, prompts, empty_prompt, args, accelerator)  # of the base
+    cached = script.encode_examples(models, make_examples(script, args)) if args.cache_latents else None
     if cached:
-        script.encode_examples(models, cached)
         memory.parked = sum(map(size, models.encoders))
     if args.loss_type == "sspo":
         weights = script.policy_weights(models, args)
@@ -327,27 +314,40 @@ def run(family, script, args, memory):
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()  # makes its state
-    examples = [dict(example) for example in cached or make_examples(script, models, args)]
-    if not cached:
-        script.encode_examples(models, examples)
-    if args.loss_type == "sspo":
-        pieces = args.rollout_batch_size // args.train_batch_size
-        batch = script.collate(examples * pieces, empty_prompt, args, accelerator.device)
-        script.sample_rivals(models, batch, args, accelerator.autocast)
-        args.rollout_batch_size = args.train_batch_size  # done: the update below need not do it again
+    rivals, rollout = None, args.rollout_batch_size // args.train_batch_size
+    if args.loss_type == "sspo":  # as of an update's second rollout: gradients of the first are there
+        examples = cached or script.encode_examples(models, make_examples(script, args))
+        batch = script.collate(examples * rollout, empty_prompt, args, accelerator.device)
+        rivals = script.sample_rivals(models, batch, args, accelerator.autocast)[: args.train_batch_size].clone()
+        del batch, examples
     optimizer.zero_grad()
-    batches = load_batches(script, models, args, cached)
-    script.update(policy, models, optimizer, schedule, batches, empty_prompt, args, accelerator)
+    for _ in range(args.gradient_accumulation_steps):
+        examples = cached or script.encode_examples(models, make_examples(script, args))
+        batch = script.collate(examples, empty_prompt, args, accelerator.device)
+        batch["rival"] = rivals
+        memory.during("update", learn)(script, policy, models, optimizer, trained, batch, args, accelerator)
     weights = size(models.denoiser) + sum(map(size, models.encoders)) - memory.parked
     if cached:
         memory.parked -= size(models.vae)  # the validation takes it back
-    validation.sample()
+    del batch, examples
+    script.draw_samples(models, prompts, empty_prompt, args, accelerator)
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return {
-        "weights": weights + sum(weight.nbytes for weight in (models.reference or {}).values()),
+        "weights": weights + sum(weight.nbytes for weight in models.reference.values()),
         "gradients": sum(weight.nbytes for weight in trained),
         "optimizer": sum(tensor.nbytes for tensor in state),
     }
+
+
+def learn(script, policy, models, optimizer, trained, batch, args, accelerator):
+    """What main does with a micro-batch that has its rivals."""
+    with accelerator.accumulate(policy):
+        loss, _ = script.training_loss(policy, models, batch, args, accelerator.autocast)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def size(module):

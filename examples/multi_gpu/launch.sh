@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The paper's recipe, worked out for any number of GPUs. On one machine with eight:
 #
-#   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 DATA=path/to/winners OUTPUT=sspo examples/launch.sh
+#   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 DATA=path/to/winners OUTPUT=sspo examples/multi_gpu/launch.sh
 #
 # On eight machines with eight each, on every one of them, RANK from 0 to 7, OUTPUT on a disk that all share:
 #
-#   MACHINES=8 RANK=0 ADDRESS=10.0.0.1 GPUS=8 MODEL=... DATA=... OUTPUT=... examples/launch.sh
+#   MACHINES=8 RANK=0 ADDRESS=10.0.0.1 GPUS=8 MODEL=... DATA=... OUTPUT=... \
+#     examples/multi_gpu/launch.sh
 #
 # What stands behind the command goes to the script, and overrides what is here. The arithmetic, at MICRO=1, where
 # pairs = processes x micro-batch x accumulation is the global batch, which the results hang on, and its layout is free:
@@ -17,7 +18,7 @@
 set -euo pipefail
 
 : "${MODEL:?the base model: hub name or folder}" "${DATA:?the folder of winners}" "${OUTPUT:?where the results go}"
-SCRIPT=${SCRIPT:-$(dirname "$0")/../train_sspo_sd.py}
+SCRIPT=${SCRIPT:-$(dirname "$0")/../../train_sspo_sd.py}
 GPUS=${GPUS:-8}              # of one machine
 MACHINES=${MACHINES:-1}
 RANK=${RANK:-0}              # number of this machine
@@ -34,13 +35,17 @@ if ((ACCUMULATION * PROCESSES * MICRO != PAIRS)); then
 fi
 
 if ((MACHINES > 1)); then
-    LAYOUT=(--config_file "$(dirname "$0")/accelerate/several_machines.yaml"
+    LAYOUT=(--config_file "$(dirname "$0")/several_machines.yaml"
         --num_machines "$MACHINES" --machine_rank "$RANK" --main_process_ip "$ADDRESS" --main_process_port "$PORT")
 elif ((PROCESSES > 1)); then
-    LAYOUT=(--config_file "$(dirname "$0")/accelerate/one_machine.yaml" --main_process_port "$PORT")
+    LAYOUT=(--config_file "$(dirname "$0")/one_machine.yaml" --main_process_port "$PORT")
 else
     LAYOUT=(--num_machines 1 --mixed_precision no --dynamo_backend no)
 fi
+
+# After SIGTERM a run finishes its update and saves a checkpoint; the launcher's agent kills it after 30 seconds unless
+# told otherwise, and an update of 2048 pairs may take longer (docs/scaling.md).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # Known of the paper: full fine-tuning, beta, N = --replay_steps, 7 iterations = 210 updates. Not published: the rate,
 # here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; and
