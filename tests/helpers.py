@@ -152,7 +152,7 @@ def assert_same_but_for_rounding(one, other):
     for name in ("mse/policy_winner", "mse/policy_rival"):
         assert other.column(name) == pytest.approx(one.column(name), rel=1e-6)
     for name in ("gap/winner", "gap/rival"):
-        assert other.column(name) == pytest.approx(one.column(name), abs=2e-7)
+        assert other.column(name) == pytest.approx(one.column(name), abs=5e-7)
     assert other.column("loss") == pytest.approx(one.column("loss"), abs=2e-4)
     base, ours, theirs = (
         load_file(run.path / "replay" / f"iteration-{i}.safetensors") for run, i in ((one, 0), (one, 3), (other, 3))
