@@ -49,6 +49,12 @@ def motion(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def flux2(tmp_path_factory):
+    """A tiny pipeline in the layout of FLUX.2 [klein] base."""
+    return tiny.flux2(tmp_path_factory.mktemp("flux2"))
+
+
+@pytest.fixture(scope="session")
 def winners(tmp_path_factory):
     """An imagefolder of eight winners."""
     return tiny.folder_of_winners(tmp_path_factory.mktemp("data") / "winners")
@@ -64,7 +70,7 @@ def clips(tmp_path_factory):
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    trains["sdxl"] and trains["video"] with theirs.
+    the other kinds with theirs.
     """
 
     def trainer(kind):

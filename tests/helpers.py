@@ -11,13 +11,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+import train_sspo_flux2
 import train_sspo_sd
 import train_sspo_sdxl
 import train_sspo_video
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
+SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video, "flux2": train_sspo_flux2}
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
