@@ -39,11 +39,8 @@ whose motion modules are trained (LoRA on their attention, or every weight of th
 are means over all of that, and one timestep is drawn for a clip. The noise schedule is the linear one that motion
 adapters are trained with, whatever the image model's says. Winners are read by PyAV, in the loader's processes.
 
---rollout_strength is more than a saving where winners are real clips. They may be told almost at once from rivals
-sampled from pure noise; implicit_accuracy is then near 1 from the start, the loss sinks on differences that say little
-about quality, and samples stop improving (arXiv 2506.03517, appendix C.4). Rivals that start from the winner itself,
-noised to a strength of 0.7, share its layout, so that what is compared is how it moves. Watch that metric to know: in
-the small example of examples/quickstart it was no higher with 1.0 than with 0.7.
+--rollout_strength 0.7 is worth a try where winners are real clips: they may be told at once from rivals that were
+sampled from pure noise (arXiv 2506.03517, appendix C.4). implicit_accuracy is then near 1 from the start.
 
     accelerate launch train_sspo_video.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -75,6 +72,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+
+# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import av
 import datasets
@@ -221,27 +223,6 @@ class ReplayBank:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its rivals, where they were kept
 
 
-# Copied from train_sspo_sd.policy_weights
-def policy_weights(models, args):
-    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
-    if args.train_mode == "lora":
-        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
-    else:
-        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.load_reference
-def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
-    if args.train_mode == "lora":
-        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference = None  # the old one makes room first
-    parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(models.denoiser.device) for name, weight in weights.items()}
-
-
 # Copied from train_sspo_sd.as_reference
 @contextmanager
 def as_reference(models):
@@ -320,18 +301,10 @@ def sample_rivals(models, batch, args, autocast):
     """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
     winners = batch["winner"]
     noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
     with as_reference(models) as reference, autocast():
-        return self_sample(
-            reference,
-            rollout_scheduler(models, args),
-            noise,
-            batch["condition"],
-            batch["unconditional"],
-            args.rollout_steps,
-            args.rollout_guidance_scale,
-            winners,
-            args.rollout_strength,
-        )
+        scheduler = rollout_scheduler(models, args)
+        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
 
 
 # Copied from train_sspo_sd.denoising_errors
@@ -556,8 +529,8 @@ def add_shared_arguments(parser):
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
     add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
     add("--draws_per_pair", type=natural, default=1,
-        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
-        "needs the memory of a batch so many times as large.")
+        help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
+        "is decided by their mean. The update needs the memory of a batch so many times as large.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
@@ -1071,8 +1044,15 @@ def latent_shape(models, args):
 
 # Copied from train_sspo_sd.draw_timesteps
 def draw_timesteps(models, generator, draws):
-    """`draws` timesteps, uniform over 0..T-1."""
-    return torch.randint(models.noise_scheduler.config.num_train_timesteps, (draws,), generator=generator)
+    """
+    `draws` timesteps, each uniform over 0..T-1. Several are drawn one from each of as many equal parts: a pair's gradient
+    is less noisy, for nothing (docs/method.md).
+    """
+    total = models.noise_scheduler.config.num_train_timesteps
+    if draws == 1:
+        return torch.randint(total, (1,), generator=generator)
+    places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    return (places * total).long().clamp(max=total - 1)
 
 
 # Copied from train_sspo_sd.add_noise
@@ -1272,14 +1252,14 @@ class Winners:
     Winners and their captions, whatever form the data set has.
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair, and with --rivals given the other one as its rival; ties and unlabelled pairs are dropped and
-    counted in the log.
+    picture of each pair, and with --rivals given the other one as its rival. Ties and unlabelled pairs are dropped;
+    `ties` counts them (of a stream the log does, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
     """
 
     def __init__(self, args):
-        self.args, self.dataset = args, open_winners(args)
+        self.args, self.dataset, self.ties = args, open_winners(args), 0
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
         first = next(self.examples(), None)
@@ -1299,7 +1279,7 @@ class Winners:
         elif self.pairs:
             labels = self.dataset.select_columns([name for name in first if name in ("label_0", "has_label")])
             self.dataset = self.dataset.select([i for i, pair in enumerate(labels) if self.has_winner(pair)])
-            logger.info(f"{len(labels) - len(self.dataset)} ties dropped.")
+            self.ties = len(labels) - len(self.dataset)
             if not len(self.dataset):
                 raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
 
@@ -1383,18 +1363,6 @@ class Winners:
         if not isinstance(caption, str):
             raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
         return caption
-
-
-# Copied from train_sspo_sd.to_rgb
-def to_rgb(picture):
-    """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 # Copied from train_sspo_sd.crop_picture
@@ -1756,6 +1724,8 @@ def run_settings(args, accelerator, winners):
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
+    if args.streaming:  # in a loader process datasets shuffles a stream otherwise
+        settings["loader processes"] = min(args.dataloader_num_workers, 1)
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
@@ -2136,6 +2106,27 @@ def prepare_denoiser(models, args, device):
     denoiser.eval()
 
 
+# Copied from train_sspo_sd.policy_weights
+def policy_weights(models, args):
+    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
+    if args.train_mode == "lora":
+        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
+    else:
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.load_reference
+def load_reference(models, weights, args):
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    if args.train_mode == "lora":
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
+
+
 # Copied from train_sspo_sd.make_optimizer
 def make_optimizer(parameters, args):
     """The optimizer and its schedule, which is stepped once an update."""
@@ -2238,8 +2229,9 @@ def main(args):
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config=config)
     known = "a stream of" if args.streaming else len(winners)
+    ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
     begins = "a new run" if checkpoint is None else f"resumed from {checkpoint}"
-    logger.info(f"{known} winners; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
+    logger.info(f"{known} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
 
     step = saved = record["step"]
     reference = None

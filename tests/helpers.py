@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,16 @@ def assert_same_result(one, other):
         [{k: v for k, v in line.items() if not k.startswith("time/")} for line in run.metrics] for run in (one, other)
     ]
     assert timeless[0] == timeless[1]
+
+
+def newcomer(command, **options):
+    """Runs a command as a newcomer does: with nothing set that keeps libraries quiet. Gives what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
+
+
+def notices(stderr):
+    """The lines that a program left on stderr beside its progress bars and the scripts' log."""
+    lines = [line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", stderr)]
+    wanted = r".*\[\d+:\d\d[<,].*\]|\d\d:\d\d:\d\d - train_sspo_\w+ - .*"
+    return [line for line in lines if line and not re.fullmatch(wanted, line)]

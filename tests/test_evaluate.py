@@ -1,4 +1,4 @@
-"""examples/evaluate.py: what is drawn, how it is scored and compared, and its page, in a real browser."""
+"""examples/evaluate: what is drawn, how it is scored and compared, and its page, in a real browser."""
 
 import argparse
 import html
@@ -17,8 +17,7 @@ import scipy.linalg
 import scipy.stats
 import tiny
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, flags
+from helpers import ROOT, SCRIPTS, flags, newcomer, notices, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -31,16 +30,17 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-import train_sspo_sd
-import train_sspo_sdxl
-import train_sspo_video
+from train_sspo_sd import keyed_noise
 
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "emoji")]
+HERE, QUICKSTART = ROOT / "examples" / "evaluate", ROOT / "examples" / "quickstart"
+sys.path[:0] = [str(HERE), str(QUICKSTART)]
 
+import clip_measures  # noqa: E402
 import evaluate  # noqa: E402
 import glyphs  # noqa: E402
 import scorer as emoji_scorer  # noqa: E402
+import scorers  # noqa: E402
 
 
 PROMPTS = tiny.CAPTIONS[:2]
@@ -111,7 +111,7 @@ def test_only_what_is_missing_is_drawn(run, sd_v, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "draw", counted)
     found = run(model=[f"other={sd_v}"])
-    assert len(asked) == 1 + len(PROMPTS), "the one that was gone, and those of the new model"
+    assert len(asked) == 1 + len(PROMPTS), "the one that was missing, and those of the new model"
     after = drawn(tmp_path / "evaluation")
     assert all(np.abs(before[name] - after[name]).max() <= (name == victim) for name in before)
     assert {sample["model"] for sample in found["samples"]} == {"base", "other"}
@@ -133,7 +133,6 @@ def test_pictures_drawn_otherwise_are_not_mixed(run, sd, sd_v, tmp_path):
     assert before.keys() == drawn(tmp_path / "evaluation").keys()
 
 
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
 MADE = {
     "lora": ["", "checkpoint-4", "replay/iteration-2.safetensors", "pytorch_lora_weights.safetensors"],
     "full": ["", "checkpoint-4", "replay/iteration-2.safetensors"],
@@ -141,17 +140,13 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sd, winners):
+def trained(tmp_path_factory, sd, sdxl, motion, winners):
     """trained(pipeline, mode): the base, the motion adapter or None, and the folder of a run of that script."""
-    bases, runs = {"sd": (sd, None)}, {}
+    bases, runs = {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion}, {}
 
     def make(kind, mode):
-        if kind not in bases:
-            folder = tmp_path_factory.mktemp(kind)
-            made = tiny.stable_diffusion_xl(folder) if kind == "sdxl" else tiny.animate_diff(folder)
-            bases[kind] = (made, None) if kind == "sdxl" else made
+        base, adapter = bases[kind]
         if (kind, mode) not in runs:
-            base, adapter = bases[kind]
             output = tmp_path_factory.mktemp("run") / f"{kind}-{mode}"
             options = dict(train_mode=mode, lora_alpha=3, rank=2, learning_rate=3e-2, validation_prompts=PROMPTS)
             options.update(checkpointing_steps=4, validation_steps=4, rollout_steps=2)
@@ -159,12 +154,9 @@ def trained(tmp_path_factory, sd, winners):
             if kind == "video":
                 data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=4)
                 options.update(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=1)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
-            script = SCRIPTS[kind]
-            script.main(script.parse_args(flags(base, data, output, **options)))
+            run_main(SCRIPTS[kind], flags(base, data, output, **options))
             runs[kind, mode] = output
-        return (*bases[kind], runs[kind, mode])
+        return base, adapter, runs[kind, mode]
 
     return make
 
@@ -185,7 +177,7 @@ def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode
     for model in models:
         pipeline = evaluate.load_pipeline(model, args, "cpu")
         shape = evaluate.noise_shape(pipeline, args)
-        noise = train_sspo_sd.keyed_noise("validation", 0, [(0, 0), (1, 0)], shape)
+        noise = keyed_noise("validation", 0, [(0, 0), (1, 0)], shape)
         pictures = evaluate.draw(pipeline, PROMPTS, noise, args)
         row = 0 if model.name == "base" else 1
         assert tiny.difference(flat(pictures), flat(shown[row])) <= 2, model.path
@@ -234,8 +226,9 @@ def test_what_is_no_model_is_refused_in_one_line_before_anything_is_drawn(run, t
         (["--scorer", "nonesuch"], "none of pickscore, hpsv2"),
         (["--scorer", "fvd"], "fvd=NETWORK"),
         (["--scorer", "psnr"], "needs --reference_dir"),
-        (["--images_per_prompt", "0"], "--images_per_prompt must be more than 0"),
-        (["--height", "60"], "--height must be a multiple of 8"),
+        (["--images_per_prompt", "0"], "--images_per_prompt: must be more than 0"),
+        (["--lora_alpha", "-1"], "--lora_alpha: must be more than 0"),
+        (["--height", "60"], "--height: must be a multiple of 8"),
     ],
 )
 def test_wrong_flags_end_in_one_line(words, told, capsys):
@@ -243,6 +236,20 @@ def test_wrong_flags_end_in_one_line(words, told, capsys):
         evaluate.parse_args(["--base", "b", "--prompts", "p", *words])
     printed = capsys.readouterr().err
     assert told in printed and printed.count("\n") == 1
+
+
+def test_a_newcomer_sees_the_table_and_nothing_that_frightens(sd, sd_v, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "judge.py").write_text(JUDGE)
+    command = [sys.executable, HERE / "evaluate.py", "--base", sd, "--model", f"other={sd_v}"]
+    command += ["--prompts", "prompts.txt", "--num_inference_steps", 2, "--scorer", "judge.py:redness"]
+    result = newcomer(command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not notices(result.stderr)
+    assert "redness" in result.stdout and "index.html" in result.stdout
+    result = newcomer([*command, "--scorer", "judge.py:absent"], cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("evaluate.py: judge.py:absent cannot be imported")
+    assert result.stderr.count("\n") == 1
 
 
 def test_models_are_named_after_their_run():
@@ -306,13 +313,13 @@ def tiny_clip(folder, width=64):
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     crop = {"height": 32, "width": 32}
-    evaluate.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
+    scorers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
     return model
 
 
 def cosine(model, folder, pictures, prompts):
     """The cosine of each picture and its prompt, one by one."""
-    tokenizer, processor = tiny.tokenizer(), evaluate.CLIPImageProcessorPil.from_pretrained(folder)
+    tokenizer, processor = tiny.tokenizer(), scorers.CLIPImageProcessorPil.from_pretrained(folder)
     values = []
     for picture, prompt in zip(pictures, prompts):
         pixels = processor(images=picture, return_tensors="pt").pixel_values
@@ -323,7 +330,7 @@ def cosine(model, folder, pictures, prompts):
 
 
 def score(name, where, pictures):
-    return evaluate.load_scorer(evaluate.ScorerSpec(name, str(where)), "cpu")(pictures, PROMPTS)[name]
+    return scorers.load_scorer(name, str(where), "cpu")(pictures, PROMPTS)[name]
 
 
 def test_pickscore_and_clip_score(pictures, tmp_path):
@@ -399,13 +406,13 @@ def test_aesthetic_predictor(pictures, tmp_path):
     """In the layout of its repository: CLIP's picture encoder and the head in one file, under a type of its own."""
     torch.manual_seed(0)
     size = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=40)
-    model = evaluate.AestheticPredictor(CLIPVisionConfig(image_size=32, patch_size=8, **size)).eval()
+    model = scorers.AestheticPredictor(CLIPVisionConfig(image_size=32, patch_size=8, **size)).eval()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config.update(model_type="aesthetics_predictor", architectures=["AestheticsPredictorV2Linear"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     crop = {"height": 32, "width": 32}
-    processor = evaluate.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
+    processor = scorers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
     processor.save_pretrained(tmp_path)
     with torch.no_grad():
         embeds = model(pixel_values=processor(images=pictures, return_tensors="pt").pixel_values).image_embeds
@@ -427,7 +434,7 @@ def test_image_reward_reads_its_authors_file(pictures, tmp_path):
     ids = dict(vocab_size=600, bos_token_id=None, sep_token_id=None, pad_token_id=513, eos_token_id=513)
     config = BlipTextConfig(hidden_size=64, encoder_hidden_size=128, num_attention_heads=1, **ids, **size)
     text = BlipTextModel(config, add_pooling_layer=False).eval()
-    head = evaluate.scoring_head(64).eval()
+    head = scorers.scoring_head(64).eval()
     names = {"encoder.layers.": "blocks.", ".self_attn.projection.": ".attn.proj.", ".self_attn.": ".attn."}
     names |= {".layer_norm1.": ".norm1.", ".layer_norm2.": ".norm2.", "post_layernorm.": "norm."}
     names |= {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed"}
@@ -447,7 +454,7 @@ def test_image_reward_reads_its_authors_file(pictures, tmp_path):
     tiny.tokenizer(35).save_pretrained(tmp_path)
 
     crop = {"height": 32, "width": 32}
-    processor = evaluate.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
+    processor = scorers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
     expected = []
     for picture, prompt in zip(pictures, PROMPTS):
         with torch.no_grad():
@@ -481,11 +488,18 @@ def test_scorers_of_ones_own(run, tmp_path):
             run(scorer=[f"{where}:{name}"])
 
 
+def test_a_scorer_may_be_called_as_a_module_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "scorers.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    red = Image.new("RGB", (8, 8), (200, 0, 0))
+    assert scorers.load_scorer("mine", "scorers:redness", "cpu")([red], ["x"]) == {"mine": [200]}
+
+
 def test_the_emoji_scorer_serves(tmp_path):
     captions = glyphs.HELD_OUT[:3]
     renders = [Image.fromarray(np.asarray(glyphs.render(caption, 4_000_000))) for caption in captions]
-    spec = evaluate.scorer_spec(f"emoji={ROOT / 'examples' / 'emoji' / 'scorer.py'}:scores")
-    values = evaluate.load_scorer(spec, "cpu")(renders, captions)
+    spec = evaluate.scorer_spec(f"emoji={QUICKSTART / 'scorer.py'}:scores")
+    values = scorers.load_scorer(spec.name, spec.where, "cpu")(renders, captions)
     whole = emoji_scorer.score(renders, captions)
     assert set(values) == {"emoji/preference", "emoji/identity", "emoji/score"}
     assert np.mean(values["emoji/score"]) == pytest.approx(whole["score"], abs=1e-6) and whole["score"] > 0.8
@@ -522,7 +536,7 @@ def evaluated_clips(trained, tmp_path_factory):
 
 def test_clips_are_scored_frame_by_frame_and_against_real_ones(evaluated_clips):
     args, found = evaluated_clips
-    references = evaluate.References(args)
+    references = evaluate.load_references(args)
     for sample in found["samples"]:
         frames = evaluate.read_picture(Path(args.output_dir, sample["file"]))
         assert len(frames) == 4
@@ -539,10 +553,10 @@ def test_fvd_is_the_frechet_distance_of_the_features(evaluated_clips):
         features = np.stack([clip.transpose(0, 1).mean((2, 3)).flatten()[::6].numpy() * 255 for clip in clips])
         return features.mean(0), np.cov(features.T)
 
-    mean, covariance = moments(evaluate.References(args).everything())
+    mean, covariance = moments(evaluate.load_references(args).everything())
     for name, value in found["fvd"].items():
         files = [Path(args.output_dir, s["file"]) for s in found["samples"] if s["model"] == name]
-        mean_2, covariance_2 = moments([evaluate.to_tensor(evaluate.read_picture(file)) for file in files])
+        mean_2, covariance_2 = moments([clip_measures.to_tensor(evaluate.read_picture(file)) for file in files])
         root = scipy.linalg.sqrtm(covariance @ covariance_2).real
         expected = np.sum((mean - mean_2) ** 2) + np.trace(covariance + covariance_2 - 2 * root)
         assert value == pytest.approx(expected, rel=1e-3)
@@ -554,11 +568,11 @@ def test_a_torchscript_network_gives_the_features(tmp_path):
             return clips.flatten(1)[:, :3] if return_features else clips.flatten(1)[:, :9]
 
     torch.jit.script(Network()).save(tmp_path / "net.pt")
-    network = evaluate.FeatureNetwork(str(tmp_path / "net.pt"), "cpu")
+    network = clip_measures.FeatureNetwork(str(tmp_path / "net.pt"), "cpu")
     assert network(torch.rand(2, 3, 4, 8, 8)).shape == (2, 3), "it is asked for features, not for classes"
     (tmp_path / "bad.pt").write_text("nothing")
     with pytest.raises(evaluate.UserError, match="is no TorchScript file"):
-        evaluate.FeatureNetwork(str(tmp_path / "bad.pt"), "cpu")
+        clip_measures.FeatureNetwork(str(tmp_path / "bad.pt"), "cpu")
 
 
 def test_lpips_says_what_it_needs():
@@ -567,7 +581,7 @@ def test_lpips_says_what_it_needs():
         import torchvision  # noqa: F401
     except ImportError:
         with pytest.raises(evaluate.UserError, match="pip install torchmetrics torchvision"):
-            evaluate.load_metric("lpips", "cpu")
+            clip_measures.load_metric("lpips", "cpu")
     else:
         pytest.skip("torchvision is installed: nothing is missing")
 
@@ -620,7 +634,7 @@ def page(tmp_path_factory):
     args = evaluate.parse_args(["--base", "b", "--prompts", "p", "--output_dir", str(folder)])
     args.height = args.width = 16
     args.guidance_scale = 7.5
-    samples = evaluate.make_samples([f"prompt {i} <b>&amp;</script>" for i in range(40)], args)
+    samples = evaluate.make_samples([f"prompt {i} <b>&amp;</script><!--<script>" for i in range(40)], args)
     rng = np.random.default_rng(0)
     for name in models:
         (folder / "images" / name).mkdir(parents=True)
@@ -634,16 +648,16 @@ def page(tmp_path_factory):
 
 @pytest.fixture
 def browse(page, tmp_path):
-    """browse(script, view) opens the page in Chromium, runs the script in it and returns what that returns."""
+    """browse(script, view, file) opens the page in Chromium, runs the script in it and returns what that returns."""
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
     copy = tmp_path / "index.html"
 
-    def told(script, view="pictures"):
+    def told(script, view="pictures", file=page[0]):
         driver = f"<script>(async () => {{ {script} }})().catch(String).then(told => {{"
         driver += "const pre = document.createElement('pre'); pre.id = 'told'; pre.textContent = JSON.stringify(told);"
         driver += "document.body.append(pre); });</script>"
-        copy.write_text(page[0].read_text().replace("</body>", driver + "</body>"))
+        copy.write_text(file.read_text().replace("</body>", driver + "</body>"))
         command = [CHROMIUM, *CHROMIUM_FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
         result = subprocess.run([*command, f"{copy.as_uri()}#{view}"], capture_output=True, text=True, timeout=60)
         found = re.search(r'<pre id="told">(.*?)</pre>', result.stdout, re.DOTALL)
@@ -669,8 +683,23 @@ def test_the_page_needs_no_network_and_shows_every_picture(page, browse):
     """)
     assert told["first"] < 40, "rows are made as one scrolls"
     assert set(told["widths"]) == {16} and len(told["widths"]) == 3 * told["first"]
-    assert told["title"] == "prompt 0 <b>&amp;</script>"
+    assert told["title"] == "prompt 0 <b>&amp;</script><!--<script>"
     assert told["blind"] and told["cells"] == 6 * 5
+
+
+def test_the_page_opens_by_itself_with_a_sample_that_no_run_shows(page, browse):
+    script = """
+        const images = [...document.querySelectorAll("#rows img")];
+        await Promise.all(images.map(image => image.decode()));
+        return {widths: images.map(image => image.naturalWidth), cells: document.querySelectorAll("td").length,
+                about: document.getElementById("about").textContent, prompts: data.samples.map(({prompt}) => prompt),
+                numbers: data.samples.every(sample => sample.scores.flat().every(Number.isFinite))};
+    """
+    sample, told = browse(script, file=HERE / "page.html"), browse(script)
+    assert len(sample["widths"]) == 9 and min(sample["widths"]) > 0 and sample["numbers"]
+    assert sample["cells"] == 6 * 5 and "sample" in sample["about"]
+    assert "3 models, 40 prompts" in told["about"] and not set(sample["prompts"]) & set(told["prompts"])
+    assert sample["about"] not in page[0].read_text()
 
 
 def test_rows_are_sorted_by_the_difference_and_filtered_by_words(page, browse):

@@ -1,19 +1,18 @@
 """The embedded model is what its README says: small, drawn by the stock pipeline, recognised by the scorer."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, MotionAdapter, StableDiffusionPipeline
+from helpers import ROOT, newcomer, notices
 from PIL import Image
 from transformers import CLIPTokenizer
 
 
-EMOJI, EMOJI_VIDEO = ROOT / "examples" / "emoji", ROOT / "examples" / "emoji_video"
-sys.path[:0] = [str(ROOT / "examples"), str(EMOJI), str(EMOJI_VIDEO)]
+HERE = ROOT / "examples" / "quickstart"
+sys.path.insert(0, str(HERE))
 
 import clips  # noqa: E402
 import glyphs  # noqa: E402
@@ -22,14 +21,14 @@ import scorer  # noqa: E402
 
 
 def test_base_is_small_and_safe():
-    files = [path for path in (EMOJI / "base").rglob("*") if path.is_file()]
+    files = [path for path in (HERE / "base").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
 def test_base_draws_what_it_is_asked_for_and_often_degraded():
     """Held-out captions, 20 steps, two seeds each: nearly always the right glyph, but not always a clean one."""
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI / "base")
+    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "base")
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     captions = glyphs.HELD_OUT * 2
@@ -42,7 +41,7 @@ def test_base_draws_what_it_is_asked_for_and_often_degraded():
 
 def test_autoencoder_is_no_bottleneck():
     """Clean pictures are still clean and still the same behind it."""
-    vae = AutoencoderKL.from_pretrained(EMOJI / "base", subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(HERE / "base", subfolder="vae")
     captions = glyphs.CAPTIONS
     pictures = [glyphs.render(caption, 4_000_000) for caption in captions]
     with scorer.torch.no_grad():
@@ -75,11 +74,17 @@ def test_winners_are_clean_new_and_of_the_aligned_captions(tmp_path):
 def quickstart(tmp_path_factory):
     """The quickstart as `make quickstart` runs it, with three updates and few pictures."""
     output = tmp_path_factory.mktemp("quickstart") / "run"
-    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", output, "--per_caption", 1]
-    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 4, "--report_to", "none"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, HERE / "quickstart.py", "--output_dir", output, "--per_caption", 1]
+    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 4]
+    return output, run(command)
+
+
+def run(command):
+    """What the command prints. On stderr there must be nothing but progress bars and the log."""
+    result = newcomer(command)
     assert result.returncode == 0, result.stderr
-    return output, result.stdout
+    assert not notices(result.stderr)
+    return result.stdout
 
 
 def test_quickstart_trains_scores_and_draws(quickstart):
@@ -126,15 +131,15 @@ def test_clips_move_as_told_and_flicker_where_they_should(motion):
 
 
 def test_adapter_is_small_and_safe():
-    files = list((EMOJI_VIDEO / "adapter").iterdir())
+    files = list((HERE / "adapter").iterdir())
     assert sum(path.stat().st_size for path in files) < 4e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
-    assert MotionAdapter.from_pretrained(EMOJI_VIDEO / "adapter").config.motion_max_seq_length == clips.FRAMES
+    assert MotionAdapter.from_pretrained(HERE / "adapter").config.motion_max_seq_length == clips.FRAMES
 
 
 def test_words_of_motions_share_no_token_with_names():
     """Their embeddings were drawn for the clips: what the base draws from names alone must not hang on them."""
-    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "base", subfolder="tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "base", subfolder="tokenizer")
 
     def tokens_of(texts):
         return {token for text in texts for token in tokenizer(text).input_ids}
@@ -147,17 +152,16 @@ def test_words_of_motions_share_no_token_with_names():
 def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
     """As `make quickstart-video` runs it, with two updates and few clips."""
     output = tmp_path / "run"
-    command = [sys.executable, ROOT / "examples" / "quickstart_video.py", "--output_dir", output, "--clips", 4]
-    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--rollout_steps", 3, "--report_to", "none"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "train_sspo_video.py" in result.stdout, "the command is shown"
+    command = [sys.executable, HERE / "quickstart_video.py", "--output_dir", output, "--clips", 4]
+    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--rollout_steps", 3]
+    printed = run(command)
+    assert "train_sspo_video.py" in printed, "the command is shown"
     scores = json.loads((output / "scores.json").read_text())
     assert set(scores) == {"base", "aligned", "real, steady", "real, flickering", "base - aligned"}
     difference = scores["base"]["flicker"]["mean"] - scores["aligned"]["flicker"]["mean"]
     assert scores["base - aligned"]["flicker"]["mean"] == pytest.approx(difference, abs=1e-9)
     assert scores["real, flickering"]["flicker"]["mean"] > 10 * scores["real, steady"]["flicker"]["mean"]
-    assert f"{scores['aligned']['identity']['mean']:.3f}" in result.stdout
+    assert f"{scores['aligned']['identity']['mean']:.3f}" in printed
     assert scores["real, steady"]["as told"]["mean"] == 1
     assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 2
     with Image.open(output / "before_after.gif") as animation:

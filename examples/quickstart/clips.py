@@ -12,17 +12,12 @@ The glyphs are OpenMoji's (https://openmoji.org, CC BY-SA 4.0), installed with t
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "emoji"))
-
 from glyphs import ALIGNED, BASE_SEEDS, CAPTIONS, WINNER_SEEDS, draw_svg
+from PIL import Image
 
 
 FRAMES, FRAMES_PER_SECOND = 8, 8

@@ -5,8 +5,8 @@
 3. Draws the 12 emoji that were held out of alignment with base and aligned model, from the same seeds, lets a
    classifier that knows neither judge them, and saves a before/after picture.
 
-    python examples/quickstart.py                        # SSPO
-    python examples/quickstart.py --loss_type sft        # any flag of train_sspo_sd.py may follow and wins
+    python examples/quickstart/quickstart.py                    # SSPO
+    python examples/quickstart/quickstart.py --loss_type sft    # any flag of train_sspo_sd.py may follow and wins
 
 The training's settings were chosen by the scores of the captions that it does see (--aligned_per_caption), from other
 seeds (--sample_seed); the held-out ones are for the report.
@@ -15,6 +15,7 @@ seeds (--sample_seed); the held-out ones are for the report.
 # ruff: noqa: E402
 import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -26,22 +27,21 @@ from pathlib import Path
 
 # Before torch is imported: on a machine that has other work too, threads that wait by spinning take most of its time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before the libraries are: their notices of image processors and 4-bit kernels concern nothing that runs here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from glyphs import ALIGNED, HELD_OUT, write_winners
 from PIL import Image, ImageDraw, ImageFont
+from scorer import accuracy, load_scorer, score
 from transformers.utils import logging as transformers_logging
 
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "emoji"))
-
-from glyphs import ALIGNED, HELD_OUT, write_winners
-from scorer import accuracy, load_scorer, score
-
-
+HERE = Path(__file__).resolve().parent
+BASE = HERE / "base"
 SAMPLER = {"num_inference_steps": 20, "guidance_scale": 3.0}
 SHOWN = HELD_OUT[:8]
 
@@ -49,7 +49,7 @@ SHOWN = HELD_OUT[:8]
 def training_command(args, extra):
     """What a user would type; `extra` comes last and so wins."""
     settings = {
-        "pretrained_model_name_or_path": ROOT / "emoji" / "base",
+        "pretrained_model_name_or_path": BASE,
         "train_data_dir": args.output_dir / "winners",
         "output_dir": args.output_dir / "aligned",
         "resolution": 64,
@@ -77,7 +77,7 @@ def launch_command(script, settings, extra, threads=None):
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.cuda.is_available():
         launch += ["--cpu", "--num_cpu_threads_per_process", str(threads or os.cpu_count())]
-    return [*launch, str(ROOT.parent / script), *flags, "--cache_latents", *extra]
+    return [*launch, str(HERE.parents[1] / script), *flags, "--cache_latents", *extra]
 
 
 def train(command):
@@ -169,11 +169,11 @@ def main():
     train(training_command(args, extra))
     stage("trained")
 
-    scorer, base, results, rows = load_scorer(), ROOT / "emoji" / "base", {}, {}
+    scorer, results, rows = load_scorer(), {}, {}
     captions = {"held out": (HELD_OUT, args.per_caption), "aligned": (ALIGNED, args.aligned_per_caption)}
     for model in ("base", "aligned"):
         pipeline = (
-            load_pipeline(base, device) if model == "base" else load_aligned(base, args.output_dir / "aligned", device)
+            load_pipeline(BASE, device) if model == "base" else load_aligned(BASE, args.output_dir / "aligned", device)
         )
         for kind, (names, per_caption) in captions.items():
             if per_caption:

@@ -6,45 +6,41 @@
    measures how much they flicker and how they move, lets a classifier that knows neither tell whether the emoji is
    right, and saves a before/after animation.
 
-    python examples/quickstart_video.py                          # SSPO
-    python examples/quickstart_video.py --rollout_strength 1.0   # any flag of train_sspo_video.py may follow and wins
+    python examples/quickstart/quickstart_video.py                   # SSPO
+    python examples/quickstart/quickstart_video.py --loss_type sft   # any flag of train_sspo_video.py may follow
 
 The training's settings were chosen by clips of the captions that it does see (--captions aligned), from other seeds
 (--sample_seed); the held-out ones are for the report.
 """
 
+# ruff: noqa: E402
 import argparse
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 
-# Before torch is imported, as in quickstart.py.
+# Before the libraries are imported, as in quickstart.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import numpy as np
 import torch
+from clips import FRAMES, FRAMES_PER_SECOND, MOTIONS, caption, flicker, render, write_winners
 from diffusers import AnimateDiffPipeline, DPMSolverMultistepScheduler, MotionAdapter
 from diffusers.utils import logging as diffusers_logging
+from glyphs import ALIGNED, HELD_OUT, TEST_SEEDS
 from PIL import Image
-from quickstart import before_after, launch_command, train
+from quickstart import BASE, HERE, before_after, launch_command, train
+from scorer import load_scorer, score
 from transformers.utils import logging as transformers_logging
 
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "emoji"))
-sys.path.insert(0, str(ROOT / "emoji_video"))
-
-from clips import FRAMES, FRAMES_PER_SECOND, MOTIONS, caption, flicker, render, write_winners  # noqa: E402
-from glyphs import ALIGNED, HELD_OUT, TEST_SEEDS  # noqa: E402
-from scorer import load_scorer, score  # noqa: E402
-
-
-BASE, ADAPTER = ROOT / "emoji" / "base", ROOT / "emoji_video" / "adapter"
+ADAPTER = HERE / "adapter"
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1)
 SHOWN = 8  # clips in the animation
 SAMPLER = dict(num_inference_steps=12, guidance_scale=3.0, num_frames=FRAMES, height=64, width=64)

@@ -4,7 +4,7 @@
 
 The image model stays frozen; noise levels are AnimateDiff's linear ones. Half of the clips flicker (see clips.py), and
 no caption says so: base and adapter together make both kinds. The weights are averaged over the last steps and saved
-in fp16. Killed and started again, the training goes on where it last saved.
+in fp16. Killed and started again, the training resumes where it last saved.
 
 The base's tokenizer cuts words like "moving" into pieces that no emoji's name has. Nobody trained their embeddings,
 which are so faint that the image model feels no difference between "left" and "right"; and the motion modules know the
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
-BASE = Path(__file__).resolve().parent.parent / "emoji" / "base"
+HERE = Path(__file__).resolve().parent
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
 
@@ -76,8 +76,8 @@ def encode(base, clips, captions):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default=str(BASE), help="its text encoder gets the new words")
-    parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent / "adapter"))
+    parser.add_argument("--base", default=str(HERE / "base"), help="its text encoder gets the new words")
+    parser.add_argument("--output_dir", default=str(HERE / "adapter"))
     parser.add_argument("--state", default="adapter_state.pt", help="where the unfinished training is kept")
     parser.add_argument("--per_caption", type=int, default=6, help="clips of each glyph with each motion")
     parser.add_argument("--steps", type=int, default=2000)

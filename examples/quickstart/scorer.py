@@ -76,9 +76,9 @@ def judge(scorer, pictures):
 
 def scores(pictures, captions, scorer=None):
     """
-    Preference, identity and score of each generated picture, a tensor of each; a scorer for examples/evaluate.py.
+    Preference, identity and score of each generated picture, a tensor of each; a scorer for examples/evaluate.
 
-        python evaluate.py --scorer emoji=emoji/scorer.py:scores ...
+        python examples/evaluate/evaluate.py --scorer emoji=examples/quickstart/scorer.py:scores ...
     """
     emoji, clean = judge(scorer or load_scorer(), pictures)
     right = emoji[torch.arange(len(emoji)), [CAPTIONS.index(caption) for caption in captions]]
