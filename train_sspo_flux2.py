@@ -69,6 +69,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+
+# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import datasets
 import diffusers
 import numpy as np
@@ -206,27 +211,6 @@ class ReplayBank:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # its rivals, where they were kept
 
 
-# Copied from train_sspo_sd.policy_weights
-def policy_weights(models, args):
-    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
-    if args.train_mode == "lora":
-        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
-    else:
-        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-# Copied from train_sspo_sd.load_reference
-def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
-    if args.train_mode == "lora":
-        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
-        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference = None  # the old one makes room first
-    parameters = dict(models.denoiser.named_parameters())
-    models.reference = {parameters[name]: weight.to(models.denoiser.device) for name, weight in weights.items()}
-
-
 # Copied from train_sspo_sd.as_reference
 @contextmanager
 def as_reference(models):
@@ -305,18 +289,10 @@ def sample_rivals(models, batch, args, autocast):
     """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
     winners = batch["winner"]
     noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
     with as_reference(models) as reference, autocast():
-        return self_sample(
-            reference,
-            rollout_scheduler(models, args),
-            noise,
-            batch["condition"],
-            batch["unconditional"],
-            args.rollout_steps,
-            args.rollout_guidance_scale,
-            winners,
-            args.rollout_strength,
-        )
+        scheduler = rollout_scheduler(models, args)
+        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
 
 
 # Copied from train_sspo_sd.denoising_errors
@@ -541,8 +517,8 @@ def add_shared_arguments(parser):
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
     add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
     add("--draws_per_pair", type=natural, default=1,
-        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
-        "needs the memory of a batch so many times as large.")
+        help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
+        "is decided by their mean. The update needs the memory of a batch so many times as large.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
@@ -917,8 +893,12 @@ def latent_shape(models, args):
 
 
 def draw_timesteps(models, generator, draws):
-    """`draws` timesteps, 1000 sigma: sigma is the sigmoid of a normal number, shifted by --timestep_shift."""
-    u, shift = torch.randn(draws, generator=generator).sigmoid(), models.timestep_shift
+    """
+    `draws` timesteps, each 1000 sigma: sigma is the sigmoid of a normal number, shifted by --timestep_shift. Of
+    several, one is drawn from each of as many equally likely parts: a pair's gradient is less noisy, for nothing.
+    """
+    places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    u, shift = torch.special.ndtri(places).sigmoid(), models.timestep_shift
     return 1000 * shift * u / (1 + (shift - 1) * u)
 
 
@@ -1104,14 +1084,14 @@ class Winners:
     Winners and their captions, whatever form the data set has.
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
-    picture of each pair, and with --rivals given the other one as its rival; ties and unlabelled pairs are dropped and
-    counted in the log.
+    picture of each pair, and with --rivals given the other one as its rival. Ties and unlabelled pairs are dropped;
+    `ties` counts them (of a stream the log does, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
     """
 
     def __init__(self, args):
-        self.args, self.dataset = args, open_winners(args)
+        self.args, self.dataset, self.ties = args, open_winners(args), 0
         if args.max_train_samples is not None:
             self.dataset = self.dataset.take(args.max_train_samples)
         first = next(self.examples(), None)
@@ -1131,7 +1111,7 @@ class Winners:
         elif self.pairs:
             labels = self.dataset.select_columns([name for name in first if name in ("label_0", "has_label")])
             self.dataset = self.dataset.select([i for i, pair in enumerate(labels) if self.has_winner(pair)])
-            logger.info(f"{len(labels) - len(self.dataset)} ties dropped.")
+            self.ties = len(labels) - len(self.dataset)
             if not len(self.dataset):
                 raise UserError("the data set has no winner: no pair has a label_0 of 0 or 1")
 
@@ -1595,6 +1575,8 @@ def run_settings(args, accelerator, winners):
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
+    if args.streaming:  # in a loader process datasets shuffles a stream otherwise
+        settings["loader processes"] = min(args.dataloader_num_workers, 1)
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
@@ -1975,6 +1957,27 @@ def prepare_denoiser(models, args, device):
     denoiser.eval()
 
 
+# Copied from train_sspo_sd.policy_weights
+def policy_weights(models, args):
+    """The policy's trained weights, as the replay bank keeps them: a dict of CPU tensors."""
+    if args.train_mode == "lora":
+        weights = get_peft_model_state_dict(models.denoiser, adapter_name=POLICY)
+    else:
+        weights = {name: weight for name, weight in models.denoiser.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+# Copied from train_sspo_sd.load_reference
+def load_reference(models, weights, args):
+    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    if args.train_mode == "lora":
+        adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+        weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
+    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    parameters = dict(models.denoiser.named_parameters())
+    models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
+
+
 # Copied from train_sspo_sd.make_optimizer
 def make_optimizer(parameters, args):
     """The optimizer and its schedule, which is stepped once an update."""
@@ -2077,8 +2080,9 @@ def main(args):
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers(args.tracker_project_name, config=config)
     known = "a stream of" if args.streaming else len(winners)
+    ties = f" ({winners.ties} ties dropped)" if winners.ties else ""
     begins = "a new run" if checkpoint is None else f"resumed from {checkpoint}"
-    logger.info(f"{known} winners; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
+    logger.info(f"{known} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
 
     step = saved = record["step"]
     reference = None

@@ -127,18 +127,25 @@ def help_text():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.8])
-def test_drawn_sigmas_and_the_beta_that_fits_them(load, shift):
-    """Their median is s / (1 + s), so that of (1 - sigma)^-2 is (1 + s)^2, by which --help divides 2000."""
+@pytest.mark.parametrize("draws", [1, 4])
+def test_drawn_sigmas_and_the_beta_that_fits_them(load, shift, draws):
+    """
+    Their median is s / (1 + s), so that of (1 - sigma)^-2 is (1 + s)^2, by which --help divides 2000. Of several, one
+    comes from each of as many equally likely parts, and all together are distributed as one is.
+    """
     _, models = load(timestep_shift=shift)
-    generator = script.keyed_generator("timestep", 0)
-    sigmas = script.draw_timesteps(models, generator, 100_000) / 1000
+    generators = (script.keyed_generator("timestep", 0, i) for i in range(20_000 // draws))
+    sigmas = torch.stack([script.draw_timesteps(models, generator, draws) for generator in generators]) / 1000
     assert 0 < sigmas.min() and sigmas.max() < 1
-    assert sigmas.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
+    assert sigmas.median().item() == pytest.approx(shift / (1 + shift), abs=0.02)
     beta = 2000 / (1 - sigmas).pow(-2).median().item()
-    assert beta == pytest.approx(2000 / (1 + shift) ** 2, rel=0.03)
+    assert beta == pytest.approx(2000 / (1 + shift) ** 2, rel=0.05)
     assert f"{round(2000 / (1 + shift) ** 2)} at {shift:g}" in " ".join(help_text().split())
-    odds = (sigmas / (1 - sigmas)).log()
+    odds = (sigmas / (1 - sigmas) / shift).log()
     assert odds.std().item() == pytest.approx(1, abs=0.02), "the sigmoid of a normal number, shifted"
+    if draws == 4:
+        lower, upper = torch.tensor([-9.0, -0.6745, 0, 0.6745]), torch.tensor([-0.6745, 0, 0.6745, 9])
+        assert ((odds > lower - 1e-3) & (odds < upper + 1e-3)).all(), "the normal distribution's quarters"
 
 
 def test_errors_are_of_the_velocity_means_over_all_but_the_batch(load, pipeline):
