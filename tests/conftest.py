@@ -70,7 +70,7 @@ def clips(tmp_path_factory):
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    the other kinds with theirs.
+    trains["sdxl"] and trains["video"] with theirs.
     """
 
     def trainer(kind):
