@@ -921,8 +921,8 @@ def latent_shape(models, args):
 # Copied from train_sspo_sd.draw_timesteps
 def draw_timesteps(models, generator, draws):
     """
-    `draws` timesteps, each uniform over 0..T-1. Several are drawn one from each of as many equal parts: a pair's gradient
-    is less noisy, for nothing (docs/method.md).
+    `draws` timesteps, each uniform over 0..T-1. Several come one from each of as many equal parts of the schedule:
+    a pair's gradient is less noisy, for nothing (docs/method.md).
     """
     total = models.noise_scheduler.config.num_train_timesteps
     if draws == 1:

@@ -800,6 +800,8 @@ def check_attention(args, heads):
     """
     clips = args.train_batch_size * args.draws_per_pair * (1 if args.split_pairs else 2)
     clips = max(clips, args.rollout_batch_size * (2 if args.rollout_guidance_scale > 1 else 1))
+    pictures = min(args.rollout_batch_size, len(args.validation_prompts or ()) * args.num_validation_images)
+    clips = max(clips, pictures * (2 if args.validation_guidance_scale > 1 else 1))
     height, width = picture_size(args)
     rows = clips * (height // 8) * (width // 8) * (heads if args.enable_xformers_memory_efficient_attention else 1)
     if rows > ATTENTION_ROWS:
@@ -1045,8 +1047,8 @@ def latent_shape(models, args):
 # Copied from train_sspo_sd.draw_timesteps
 def draw_timesteps(models, generator, draws):
     """
-    `draws` timesteps, each uniform over 0..T-1. Several are drawn one from each of as many equal parts: a pair's gradient
-    is less noisy, for nothing (docs/method.md).
+    `draws` timesteps, each uniform over 0..T-1. Several come one from each of as many equal parts of the schedule:
+    a pair's gradient is less noisy, for nothing (docs/method.md).
     """
     total = models.noise_scheduler.config.num_train_timesteps
     if draws == 1:

@@ -1,5 +1,6 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,28 @@ def winners(tmp_path_factory):
 def clips(tmp_path_factory):
     """A videofolder of six clips."""
     return tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Pick-a-Pic's layout: the better picture shows what the caption says, the other one another colour."""
+
+    def encoded(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    captions = tiny.CAPTIONS[:8]
+    rows = []
+    for i, caption in enumerate(captions):
+        other = f"a {tiny.COLORS[(i // 2 + 3) % len(tiny.COLORS)]} {caption.split()[2]}"
+        better = [encoded(tiny.picture(text)) for text in (caption, other)]
+        first = i % 3 != 1
+        rows.append((*(better if first else better[::-1]), 0.5 if i == 7 else float(first), caption))
+    names = ("jpg_0", "jpg_1", "label_0", "caption")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    datasets.Dataset.from_dict({name: [row[i] for row in rows] for i, name in enumerate(names)}).to_parquet(path)
+    return str(path)
 
 
 @pytest.fixture
