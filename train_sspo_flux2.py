@@ -35,7 +35,7 @@ two gaps are what to watch. Where the paper is silent or two of its versions dif
 
 Beside train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
 (1 - sigma) * latents + sigma * noise, with t = 1000 sigma. What this does to beta and to the strength of a rival is
-said in --help, under FLUX.2. Latents are patches of 2 x 2, brought to mean 0 and variance 1 by the VAE's own
+said in --help. Latents are patches of 2 x 2, brought to mean 0 and variance 1 for each channel by the VAE's own
 statistics; the VAE runs in fp32, so that winners, which it encodes, and rivals, which it never sees, differ by no
 rounding of its own. A prompt is 512 tokens of 7680 numbers, 7.5 MiB in bf16: --cache_latents keeps equal captions once
 and tells beforehand what it takes, and the text encoder leaves the accelerator before the transformer comes to it.

@@ -18,7 +18,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from helpers import SCRIPTS, Run, flags, run_main
+from helpers import EVERY, SCRIPTS, Run, flags, run_main
 
 
 torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def trains(request, tmp_path):
     """
 
     def trainer(kind):
-        def train(name="run", script=SCRIPTS[kind], model=None, data=None, **options):
+        def train(name="run", script=EVERY[kind], model=None, data=None, **options):
             if kind == "video":
                 base, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
@@ -107,10 +107,10 @@ def trains(request, tmp_path):
             run_main(script, flags(model, data, tmp_path / name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script = tmp_path, SCRIPTS[kind]
+        train.directory, train.script = tmp_path, EVERY[kind]
         return train
 
-    return {kind: trainer(kind) for kind in SCRIPTS}
+    return {kind: trainer(kind) for kind in EVERY}
 
 
 @pytest.fixture
