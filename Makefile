@@ -1,7 +1,10 @@
-# The two quickstarts and `make test` do everything on a fresh machine that has Python 3.10 or later.
+# The two quickstarts and `make test` do everything on a fresh machine that has Python 3.11 or later.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+QUICKSTART := examples/quickstart
+BENCHMARK := examples/benchmark
+STUDY := examples/study
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
@@ -11,33 +14,35 @@ help:
 	@echo "make quickstart        align the embedded model with SSPO, print its scores, draw before and after"
 	@echo "make quickstart-video  the same with clips: steady an embedded motion adapter that flickers"
 	@echo "make benchmark         time of an update over that of the model's bare calls, and how it grows (15 minutes)"
-	@echo "make study             the runs of examples/study/plan.md that are missing, then its tables and plots (hours)"
+	@echo "make study             the study's runs that are missing, then its tables and plots (hours)"
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
+	@echo "make style             ruff, and whether the scripts' shared functions are still the same"
 	@echo "make fix-copies        rewrite the functions that the scripts share from train_sspo_sd.py"
-	@echo "make clean             delete what the ones above made"
+	@echo "make clean             delete the virtual environment and what the quickstarts left"
 
-$(VENV)/installed: requirements.txt examples/requirements.txt tests/requirements.txt
+$(VENV)/installed: requirements.txt $(QUICKSTART)/requirements.txt tests/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r examples/requirements.txt -r tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r $(QUICKSTART)/requirements.txt -r tests/requirements.txt
 	touch $@
 
 quickstart: $(VENV)/installed
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python $(QUICKSTART)/quickstart.py
 
 quickstart-video: $(VENV)/installed
-	$(BIN)/python examples/quickstart_video.py
+	$(BIN)/python $(QUICKSTART)/quickstart_video.py
 
 benchmark: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK)/benchmark.py
 
 study: $(VENV)/installed
-	$(BIN)/python examples/study/study.py run
-	$(BIN)/python examples/study/study.py second
-	$(BIN)/python examples/study/study.py later
-	$(BIN)/python examples/study/study.py again
-	test -e examples/study/gradients.json || $(BIN)/python examples/study/gradients.py
-	$(BIN)/python examples/study/study.py report
+	$(BIN)/python $(STUDY)/study.py run
+	$(BIN)/python $(STUDY)/study.py second
+	$(BIN)/python $(STUDY)/study.py later
+	$(BIN)/python $(STUDY)/study.py again
+	test -e $(STUDY)/gradients.json || $(BIN)/python $(STUDY)/gradients.py
+	$(BIN)/python $(STUDY)/study.py report
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

@@ -1,7 +1,9 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
 import io
+import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -41,6 +43,12 @@ def sd_v(tmp_path_factory):
 def sdxl(tmp_path_factory):
     """A tiny Stable Diffusion XL pipeline."""
     return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_words(tmp_path_factory):
+    """A tiny Stable Diffusion XL pipeline that takes the embedding of "", not zeros, where there is no caption."""
+    return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl-words"), force_zeros=False)
 
 
 @pytest.fixture(scope="session")
@@ -93,21 +101,24 @@ def pairs(tmp_path_factory):
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    trains["sdxl"] and trains["video"] with theirs.
+    trains["sdxl"] and trains["video"] with theirs. trains["sd"].words(name, flag=value, ...) is its command line.
     """
 
     def trainer(kind):
-        def train(name="run", script=EVERY[kind], model=None, data=None, **options):
+        def words(name="run", model=None, data=None, **options):
             if kind == "video":
                 base, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
                 model, options = model or base, {**clip, **options}
             model = model or request.getfixturevalue(kind)
             data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
-            run_main(script, flags(model, data, tmp_path / name, **options))
+            return flags(model, data, tmp_path / name, **options)
+
+        def train(name="run", script=EVERY[kind], **options):
+            run_main(script, words(name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script = tmp_path, EVERY[kind]
+        train.directory, train.script, train.words = tmp_path, EVERY[kind], words
         return train
 
     return {kind: trainer(kind) for kind in EVERY}
@@ -123,3 +134,55 @@ def train(trains):
 def each(request, trains):
     """trains[...] of every script in turn; `each.script` is the module."""
     return trains[request.param]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """The module of every script in turn."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture
+def load(request):
+    """load(script, flag=value, ...) gives the args of a run and the models of the tiny pipeline that it is for."""
+
+    def loader(script, dtype=torch.float32, model=None, **options):
+        kind = next(name for name, module in EVERY.items() if module is script)
+        if kind == "video":
+            base, adapter = request.getfixturevalue("motion")
+            clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
+            model, options = model or base, {**clip, **options}
+        model = model or request.getfixturevalue(kind)
+        args = script.parse_args(flags(model, "unused", "unused", **options))
+        return args, script.load_models(args, dtype)
+
+    return loader
+
+
+@pytest.fixture
+def log(tmp_path):
+    """log() gives the lines that the scripts have logged so far, those of their loader processes included."""
+    path = tmp_path / "log.txt"
+    handler = logging.FileHandler(path)
+    loggers = [logging.getLogger(script.__name__) for script in SCRIPTS.values()]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lambda: path.read_text().splitlines()
+    for logger in loggers:
+        logger.removeHandler(handler)
+    handler.close()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """whole(train, flag=value, ...) is the run that nothing happened to, made once a script and set of flags."""
+    runs = {}
+
+    def make(train, **options):
+        key = train.script.__name__ + repr(sorted(options.items(), key=str))
+        if key not in runs:
+            path = train("whole", **options).path
+            runs[key] = Run(shutil.move(path, tmp_path_factory.mktemp("whole") / "run"))
+        return runs[key]
+
+    return make

@@ -6,13 +6,13 @@ import sys
 import pytest
 import tiny
 import torch
-from conftest import ROOT, flags
+from helpers import ROOT, flags
 
 import train_sspo_sd
 import train_sspo_sdxl
 
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
 
 import estimate_memory
 

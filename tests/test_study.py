@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import ROOT
 
 
 STUDY = ROOT / "examples" / "study"
@@ -128,10 +129,11 @@ def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     monkeypatch.setattr(study.script, "decode_latents", lambda models, latents: (good, bad)[latents.item()])
     loss_of = study.script.sspo_loss
     monkeypatch.setattr(study.script, "sspo_loss", loss_of)
+    restored(monkeypatch, "draw_timesteps")
     notes = study.patch(study.Job("few", f"{ssr} by oracle", 0, {}))
     study.script.sample_rivals(None, None)
     errors = [torch.tensor([[a], [b]]) for a, b in ((0.3, 0.3), (0.1, 0.2), (0.5, 0.2), (0.2, 0.1))]
-    loss, metrics = study.script.sspo_loss(*errors, 10.0, ssr, 0.5, 0.0, None)
+    loss, metrics = study.script.sspo_loss(*errors, 10.0, ssr, rival_weight=0.5)
     gap_winner, gap_rival = torch.tensor([-0.2, 0.1]), torch.tensor([-0.1, 0.1])
     s = torch.tensor([otherwise, 1.0])  # clean: it is a winner
     torch.testing.assert_close(loss, torch.nn.functional.softplus(5 * (gap_winner - 0.5 * s * gap_rival)).mean())
@@ -139,11 +141,80 @@ def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     assert notes["switch/right"] == [0.0], "x would have said the opposite of both"
 
 
+def test_the_switch_of_an_iteration_is_decided_by_its_updates_before(monkeypatch):
+    """Iterations of two updates. The first of each has no evidence yet; the second hears what the first one found."""
+    monkeypatch.setitem(study.COMMON, "replay_steps", 2)
+    monkeypatch.setattr(study.script, "sample_rivals", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(study.script, "decode_latents", lambda *_: study.render("banana", 4_000_000))
+    restored(monkeypatch, "sspo_loss", "draw_timesteps")
+    study.patch(study.Job("few", "indicator, scope iteration", 0, {}))
+    told = []
+    for gap in (0.1, -0.3, -0.1, 0.2, 0.1, 0.1):
+        study.script.sample_rivals(None)
+        errors = [torch.tensor([[value]]) for value in (0.5 + gap, 0.4, 0.5, 0.3)]
+        loss, metrics = study.script.sspo_loss(*errors, 10.0, "indicator", 0.5)
+        told.append(metrics["dpo_fraction"].item())
+        expected = torch.nn.functional.softplus(torch.tensor(5 * (gap - told[-1] * 0.5 * 0.1)))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert told == [1, 0, 1, 1, 1, 0]
+
+
+def restored(monkeypatch, *names):
+    """What a run patches in the script, put back when the test ends."""
+    for name in names:
+        monkeypatch.setattr(study.script, name, getattr(study.script, name))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A run of two updates on 28 winners."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    monkeypatch.setitem(study.ROWS, "short", study.Row(9, {"ssr": "sign", "ssr_scope": "iteration"}, updates=2))
+    names = ("sample_rivals", "sspo_loss", "draw_timesteps", "make_loader", "save_result", "training_loss")
+    restored(monkeypatch, *names)
+    tuned = {"learning_rate": 1e-3, "rollout_guidance_scale": 1.0, "rollout_steps": 2}
+    return study.Job("few", "short", 0, tuned)
+
+
+def test_a_run_trains_and_tells_what_it_cost(short, tmp_path):
+    told = study.train(short, tmp_path)
+    assert told["curves"]["step"] == [1, 2] and told["curves"]["dpo_fraction"][0] == 1
+    assert {"gap/winner", "rivals/clean", "switch/right"} <= set(told["curves"])
+    assert told["latents"] == 2 * (2 * 8 + 2 * 16), "two steps for eight rivals; reference and policy on both halves"
+    assert 0 < told["seconds"] < 60
+    assert study.load_aligned(study.BASES["first"], tmp_path / "run", "cpu").unet.peft_config
+
+
+def test_gradients_are_measured_half_way(short, monkeypatch):
+    """After one update, on three batches, the first of which is that of the second update."""
+    for name, value in {"UPDATES": 1, "BATCHES": 3, "DRAWS": (1, 2)}.items():
+        monkeypatch.setattr(gradients, name, value)
+    monkeypatch.setattr(study, "best_trial", lambda *_: short.tuned)
+    monkeypatch.setitem(study.ROWS, "none, rival 0.3", study.Row(1, {"ssr": "none", "rival_weight": 0.3}, updates=9))
+    seen, measure = [], gradients.measure
+
+    def seen_measure(policy, models, batches, *others):
+        seen.extend(batches)
+        return measure(policy, models, batches, *others)
+
+    monkeypatch.setattr(gradients, "measure", seen_measure)
+    told = gradients.half_way("few")
+    ways = ("1, independent", "2, independent", "2, spread")
+    assert set(told) == {f"{loss}, {way}" for loss in ("sft", "sspo") for way in ways}
+    assert all(noise["fixed pairs"] != 0 for noise in told.values())
+    rows = [[row for _, row in batch["keys"]] for batch in seen]
+    assert len(rows) == 3 and len({row for batch in rows[:2] for row in batch}) == 16, (
+        "each batch has winners of its own"
+    )
+    assert all(batch["rival"].shape == batch["winner"].shape for batch in seen)
+
+
 def test_the_redrawn_reference_is_another_one_for_another_update(monkeypatch):
     """Of all that the iteration's bank holds, and the same in a run that is made again."""
     monkeypatch.setattr(study.script, "sample_rivals", lambda *_: torch.zeros(1))
     monkeypatch.setattr(study.script, "decode_latents", lambda *_: study.render("banana", 4_000_000))
-    monkeypatch.setattr(study.script, "sspo_loss", study.script.sspo_loss)
+    restored(monkeypatch, "sspo_loss", "draw_timesteps")
     monkeypatch.setattr(study.script.ReplayBank, "draw", study.script.ReplayBank.draw)
 
     def drawn(row, updates=30):
@@ -269,6 +340,14 @@ def test_interval_has_the_variance_of_seeds_and_of_captions():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.06)
 
 
-def test_the_page_says_what_the_results_say():
-    page = (STUDY / "README.md").read_text()
-    assert page == report.fill_in(page, report.tables(STUDY, {name: row.like for name, row in study.ROWS.items()}))
+def test_ranks_share_a_place():
+    assert report.ranks([0.3, 0.1, 0.3, 0.2]).tolist() == [2.5, 0, 2.5, 1]
+
+
+def test_the_pages_say_what_the_results_say():
+    pages = {name: (STUDY / name).read_text() for name in report.PAGES}
+    tables = report.tables(STUDY, {name: row.like for name, row in study.ROWS.items()})
+    assert pages == report.fill_in(pages, tables)
+    with pytest.raises(ValueError, match="summary"):
+        report.fill_in({"README.md": ""}, {"summary": ""})
+    assert len(pages["README.md"].splitlines()) < 60, "one screen"

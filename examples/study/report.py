@@ -1,6 +1,7 @@
 """The study's tables and plots, from the files in results/ and pilots/ and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -241,6 +242,70 @@ def confirmation_table(results, regime):
     return table(head, lines)
 
 
+def summary_table(bases):
+    """What each row has over SFT of its time, by the first scorer; `bases` are the results of each base."""
+    places = [(base, regime) for base in bases for regime in REGIMES]
+    lines = []
+    for row, sft in SFT_OF_ITS_TIME.items():
+        compared = [
+            compare(bases[base].get((regime, row), {}), bases[base].get((regime, sft), {})) for base, regime in places
+        ]
+        lines.append([row, *map(interval, compared)])
+    return table(["row", *(f"{base} base, {WINNERS[regime]} winners" for base, regime in places)], lines)
+
+
+def captions_table(bases):
+    """From which captions the difference of four draws to SFT of their time comes: each one's part of it."""
+    head, lines = [], []
+    for base, results in bases.items():
+        for regime in REGIMES:
+            runs, sft = (results.get((regime, row), {}) for row in DRAWS)
+            gained = [
+                samples(runs[seed]).mean(1) - samples(sft[seed]).mean(1) for seed in sorted(set(runs) & set(sft))
+            ]
+            if gained:
+                parts = np.mean(gained, axis=0)
+                head = next(iter(runs.values()))["captions"]
+                lines.append([base, regime, f"{parts.mean():+.3f}", *(f"{part / len(parts):+.3f}" for part in parts)])
+    return table(["base", "regime", "difference", *head], lines)
+
+
+def ranks(values):
+    """The place of each value in the order of all; equal ones share theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[places]
+
+
+SIGNALS = ("gap/winner", "gap/rival", "implicit_accuracy", "dpo_fraction", "mse/policy_winner", "mse/policy_rival")
+
+
+def signals_table(places):
+    """
+    Whether a curve tells a good run: the rank correlation, over runs, of its mean in the second half with the score.
+
+    Args:
+        places: {name: results}; a regime of one is a line for all SSPO rows, and one for those without a switch.
+    """
+    lines = []
+    for place, results in places.items():
+        for regime in REGIMES:
+            every = [
+                (run["settings"]["ssr"], samples(run).mean(), [np.mean(run["curves"][name][10:]) for name in SIGNALS])
+                for (of, _), runs in results.items()
+                for run in runs.values()
+                if of == regime and "gap/winner" in run.get("curves", {})
+            ]
+            for rows, chosen in {"all": every, "no switch": [told for told in every if told[0] == "none"]}.items():
+                _, scores, curves = zip(*chosen)
+                told = [
+                    # without a switch all have the same dpo_fraction
+                    f"{np.corrcoef(ranks(scores), ranks(values))[0, 1]:+.2f}" if np.ptp(values) else ""
+                    for values in zip(*curves)
+                ]
+                lines.append([place, regime, rows, str(len(chosen)), *told])
+    return table(["part, base", "regime", "rows", "runs", *SIGNALS], lines)
+
+
 def learning_rate(runs):
     (rate,) = {run["settings"]["learning_rate"] for run in runs.values()}
     return rate
@@ -289,7 +354,7 @@ def rates_table(folder):
 def gradients_table(path):
     """The noise of the gradient against the draws."""
     told = json.loads(Path(path).read_text()) if Path(path).exists() else {}  # it is measured last
-    head = ["regime", "loss", "draws", "noise over draws, pairs fixed", "over pairs and draws"]
+    head = ["regime", "loss", "draws", "timesteps", "noise over draws, pairs fixed", "over pairs and draws"]
     lines = [
         [regime, *name.split(", "), number(noise["fixed pairs"], 1), number(noise["all"], 1)]
         for regime, measured in told.items()
@@ -337,11 +402,14 @@ def ages_table(results, rows=("sign", "indicator", "none", "none, rival 0.3")):
 
 
 def tables(folder, parents):
-    """{marker: text} of all that README.md shows between markers. `parents` has all rows, see scores_table."""
+    """{marker: text} of all that the pages show between markers. `parents` has all rows, see scores_table."""
     results, second, again = read_all(folder)
     told = {"pilots": pilots_table(folder / "pilots"), "draws": draws_table({"first": results, "second": second})}
     told |= {"rates": rates_table(folder / "pilots_again"), "gradients": gradients_table(folder / "gradients.json")}
     told["changes"] = changes_table(again, parents)
+    told |= {"summary": summary_table(again), "captions": captions_table(again)}
+    places = {"first part, first": results, "first part, second": second}
+    told["signals"] = signals_table(places | {f"confirmation, {base}": again[base] for base in BASES})
     for base in BASES:
         for regime in REGIMES:
             told[f"again {base} {regime}"] = confirmation_table(again[base], regime)
@@ -356,14 +424,29 @@ def tables(folder, parents):
     return told
 
 
-def fill_in(text, told):
-    """`text` with what is between `<!-- NAME -->` and `<!-- end -->` replaced."""
-    for name, content in told.items():
-        before, found, after = text.partition(f"<!-- {name} -->")
-        if not found:
-            raise ValueError(f"README.md has no place for {name}")
-        text = f"{before}{found}\n{content}\n<!-- end -->{after.partition('<!-- end -->')[2]}"
-    return text
+PAGES = ("README.md", "appendix.md")
+
+
+def fill_in(pages, told):
+    """
+    The pages with what is between `<!-- NAME -->` and `<!-- end -->` replaced.
+
+    Args:
+        pages: {file name: text}.
+        told: {marker: text}; each has to have its place on one of the pages, and each place its text.
+    """
+    placed = [name for text in pages.values() for name in re.findall("<!-- (.+?) -->", text) if name != "end"]
+    if sorted(placed) != sorted(told):
+        raise ValueError(f"the pages' places and the tables differ: {sorted(set(placed) ^ set(told))}")
+    filled = {}
+    for page, text in pages.items():
+        filled[page] = re.sub(
+            "<!-- (?!end)(.+?) -->.*?<!-- end -->",
+            lambda found: f"<!-- {found[1]} -->\n{told[found[1]]}\n<!-- end -->",
+            text,
+            flags=re.DOTALL,
+        )
+    return filled
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -488,10 +571,11 @@ def picture_sheet(folder, rows, seed, regimes, left=150, top=22):
 
 
 def write(folder, parents):
-    """README.md's tables and the plots, from the results in `folder`."""
+    """The pages' tables and the plots, from the results in `folder`."""
     results, second, again = read_all(folder)
-    readme = folder / "README.md"
-    readme.write_text(fill_in(readme.read_text(), tables(folder, parents)))
+    pages = {name: (folder / name).read_text() for name in PAGES}
+    for name, text in fill_in(pages, tables(folder, parents)).items():
+        (folder / name).write_text(text)
     for name, figure in {
         "scores": plot_scores(results, parents),
         "scores_second": plot_scores(second, [*MAIN, *DRAWS]),

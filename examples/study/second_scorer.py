@@ -1,4 +1,4 @@
-"""A second scorer of emoji pictures, as unlike examples/emoji/scorer.py as it can be made from the same glyphs.
+"""A second scorer of emoji pictures, as unlike examples/quickstart/scorer.py as it can be made from the same glyphs.
 
 That one is a small CNN which learned clean against degraded. This one is a vision transformer which learned what was
 done to a picture (nothing, or which of the degradations), from renders of other seeds, half of them as the first
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "emoji"))
+sys.path.insert(0, str(HERE.parent / "quickstart"))
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def labelled_set(per_caption, first_seed):
 @torch.no_grad()
 def through_autoencoder(pictures):
     """Pictures as (n, 3, 64, 64) in [-1, 1], as the first base's autoencoder gives them back."""
-    vae = AutoencoderKL.from_pretrained(HERE.parent / "emoji" / "base", subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(HERE.parent / "quickstart" / "base", subfolder="vae")
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pictures.split(64)])
 
 

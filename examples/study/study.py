@@ -1,8 +1,8 @@
 """The study: does SSPO bring more than fine-tuning on the same winners, and by which of its parts?
 
 A run is one training by train_sspo_sd.py on an emoji base, then pictures of captions that it never saw, judged by
-examples/emoji/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so the
-study can be stopped and continued. What is run and concluded was written down in plan.md before the runs.
+examples/quickstart/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so
+the study can be stopped and continued. What is run and concluded was written down in plan.md before the runs.
 
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
@@ -10,11 +10,12 @@ study can be stopped and continued. What is run and concluded was written down i
     python examples/study/study.py later                # what the plan adds, on both
     python examples/study/study.py again                # the confirmation: tuning of its own, fresh seeds, two scorers
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
-    python examples/study/study.py report               # tables and plots of README.md from the results
+    python examples/study/study.py report               # tables and plots of the pages from the results
 """
 
 # ruff: noqa: E402
 import argparse
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -31,7 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE.parents[1], HERE.parent, HERE.parent / "emoji"):
+for folder in (HERE.parents[1], HERE.parent / "benchmark", HERE.parent / "quickstart"):
     sys.path.insert(0, str(folder))
 
 import datasets
@@ -51,7 +52,7 @@ from transformers.utils import logging as transformers_logging
 import train_sspo_sd as script
 
 
-BASES = {"first": HERE.parent / "emoji" / "base", "second": HERE / "base"}
+BASES = {"first": HERE.parent / "quickstart" / "base", "second": HERE / "base"}
 RESULTS, SECOND_RESULTS, PILOTS = HERE / "results", HERE / "results_second", HERE / "pilots"
 AGAIN_RESULTS, AGAIN_PILOTS = HERE / "results_again", HERE / "pilots_again"
 
@@ -92,7 +93,7 @@ REGIMES = {"plenty": Regime(20, 40, 300), "few": Regime(1, 40, 300), "long": Reg
 
 @dataclass(frozen=True)
 class Row:
-    """A method: the flags that it adds to COMMON. Rows of a lower tier run first."""
+    """A method: the settings that it adds to COMMON. Rows of a lower tier run first."""
 
     tier: int
     flags: dict = field(default_factory=dict)
@@ -174,14 +175,14 @@ class Job:
         return self.folder / self.regime / f"{report.file_name(self.row)}-{self.seed}.json"
 
     def settings(self):
-        """The flags of train_sspo_sd.py, but for those that name files."""
+        """The flags of train_sspo_sd.py but for those that name files, and OWN_SETTINGS."""
         row, regime = ROWS[self.row], REGIMES[self.regime]
         updates = row.updates or (regime.matched_updates if row.matched else regime.updates)
         length = {"max_train_steps": updates, "checkpointing_steps": updates // 2, "seed": self.seed}
         return {**COMMON, **length, **self.tuned, **row.flags}
 
 
-# What the tuning chose: for each regime and method the best trial on the selection captions (README.md shows all).
+# What the tuning chose: for each regime and method the best trial on the selection captions (appendix.md shows all).
 # Long was not tuned: it takes few's settings.
 UNGUIDED = {"learning_rate": 0.003, "rollout_guidance_scale": 1.0}
 TUNED = {
@@ -324,11 +325,15 @@ def confirmation_jobs():
                     yield job(base, regime, row, seed)
 
 
+# Settings that are no flags of the script; `patch` does what they say. ssr_scope was one when the runs were made.
+OWN_SETTINGS = {"ssr_scope"}
+
+
 def command_line(settings, winners, output, base="first"):
     """`settings` as train_sspo_sd.py's words."""
     files = {"pretrained_model_name_or_path": BASES[base], "train_data_dir": winners, "output_dir": output}
-    words = [text for flag, value in {**files, **settings}.items() for text in (f"--{flag}", str(value))]
-    return [*words, "--cache_latents"]
+    flags = {**files, **{name: value for name, value in settings.items() if name not in OWN_SETTINGS}}
+    return [*(text for flag, value in flags.items() for text in (f"--{flag}", str(value))), "--cache_latents"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -339,7 +344,8 @@ def command_line(settings, winners, output, base="first"):
 def patch(job):
     """
     Patches the script, in the process of this run: the scorer judges every rival, and what a row wants that no flag
-    of the script can do is done: a switch by that verdict or by a coin, a reference for each update, a safeguard.
+    of the script can do is done: a switch by that verdict, by a coin or by the iteration, a reference for each update,
+    a safeguard. A pair's timesteps are drawn as they were when the runs were made.
 
     Returns:
         notes, filled as the run goes: for each update the share of rivals that are clean (rivals/clean), that of
@@ -347,15 +353,17 @@ def patch(job):
         (safeguard); and `seconds`, which the judging took.
     """
     notes = {"rivals/clean": [], "switch/right": [], "safeguard": [], "seconds": 0.0}
+    row, settings = ROWS[job.row], job.settings()
     sample_rivals, sspo_loss = script.sample_rivals, script.sspo_loss
+    arguments_of = inspect.signature(sspo_loss)
     coin = torch.Generator().manual_seed(job.seed)
-    clean, parameters = None, []
+    clean, parameters, x_of_iteration = None, [], 0.0
 
-    def judged_rivals(models, *arguments):
+    def judged_rivals(models, *others):
         nonlocal clean
-        if ROWS[job.row].safeguarded:
+        if row.safeguarded:
             parameters[:] = [weight for weight in models.denoiser.parameters() if weight.requires_grad]
-        latents = sample_rivals(models, *arguments)
+        latents = sample_rivals(models, *others)
         started = time.process_time()
         pictures = [script.decode_latents(models, one) for one in latents.split(1)]
         clean = judge(load_scorer(), pictures)[1] > 0.5
@@ -363,21 +371,29 @@ def patch(job):
         notes["seconds"] += time.process_time() - started
         return latents
 
-    def switched_loss(policy_winner, policy_rival, reference_winner, reference_rival, beta, ssr, weight, *others):
-        x = (reference_winner - policy_winner).detach().mean(1)
+    def switched_loss(*given, **named):
+        nonlocal x_of_iteration
+        told = arguments_of.bind(*given, **named)
+        told.apply_defaults()
+        told = told.arguments
+        x = (told["reference_winner"] - told["policy_winner"]).detach().mean(1)
         notes["switch/right"].append(((x < 0) == clean).float().mean().item())
-        errors = policy_winner, policy_rival, reference_winner, reference_rival
-        switch = ROWS[job.row].switch
-        if ROWS[job.row].safeguarded:
-            loss, metrics = sspo_loss(*errors, beta, ssr, weight, *others)
-            held_back, factor = safeguarded(loss, policy_winner, policy_rival, parameters)
+        by_iteration = settings.get("ssr_scope") == "iteration"
+        if row.safeguarded:
+            loss, metrics = sspo_loss(**told)
+            loss, factor = safeguarded(loss, told["policy_winner"], told["policy_rival"], parameters)
             notes["safeguard"].append(factor)
-            return held_back, metrics
-        if switch is None:
-            return sspo_loss(*errors, beta, ssr, weight, *others)
-        is_winner = clean if switch == "oracle" else torch.rand(len(x), generator=coin) < 0.5
-        s = torch.where(is_winner, {"sign": -1.0, "indicator": 0.0}[ssr], 1.0)
-        loss, metrics = sspo_loss(*errors, beta, "none", weight * s[:, None], *others)
+            return loss, metrics
+        if row.switch is None and not by_iteration:
+            return sspo_loss(**told)
+        if by_iteration:  # the mean of x over the iteration's updates before this one; only its sign counts
+            is_winner = torch.full_like(x, x_of_iteration) < 0
+        else:
+            is_winner = clean if row.switch == "oracle" else torch.rand(len(x), generator=coin) < 0.5
+        s = torch.where(is_winner, {"sign": -1.0, "indicator": 0.0}[told["ssr"]], 1.0)
+        loss, metrics = sspo_loss(**told | {"ssr": "none", "rival_weight": told["rival_weight"] * s[:, None]})
+        ended = len(notes["switch/right"]) % settings["replay_steps"] == 0
+        x_of_iteration = 0.0 if ended else x_of_iteration - metrics["gap/winner"].item()
         return loss, metrics | {"dpo_fraction": (s == 1).float().mean()}
 
     def drawn_each_update(bank, iteration):
@@ -385,10 +401,36 @@ def patch(job):
         generator = script.keyed_generator("reference of an update", bank.seed, update)
         return live[torch.randint(len(live), (), generator=generator).item()]
 
-    script.sample_rivals, script.sspo_loss = judged_rivals, switched_loss
-    if ROWS[job.row].redrawn:
+    script.sample_rivals, script.sspo_loss, script.draw_timesteps = judged_rivals, switched_loss, independent_timesteps
+    if row.redrawn:
         script.ReplayBank.draw = drawn_each_update
     return notes
+
+
+def time_the_loop(notes):
+    """Patches the script so that notes["seconds"] ends as the processor's in the loop, without what it began with."""
+    make_loader, save_result, started = script.make_loader, script.save_result, None
+
+    def timed_loader(*given, **named):
+        loader = make_loader(*given, **named)
+
+        def batches():
+            nonlocal started
+            started = time.process_time()  # the machine may have other work
+            yield from loader
+
+        return batches()
+
+    def timed_result(*given, **named):
+        notes["seconds"] = time.process_time() - started - notes["seconds"]
+        save_result(*given, **named)
+
+    script.make_loader, script.save_result = timed_loader, timed_result
+
+
+def independent_timesteps(models, generator, draws):
+    """Several timesteps of a pair, each drawn by itself. The script spreads them over the schedule."""
+    return torch.randint(models.noise_scheduler.config.num_train_timesteps, (draws,), generator=generator)
 
 
 def safeguarded(loss, policy_winner, policy_rival, parameters):
@@ -427,15 +469,8 @@ def train(job, folder):
     write_winners(folder / "winners", REGIMES[job.regime].winners, first_seed=WINNER_SEEDS + 1000 * job.seed)
     args = script.parse_args(command_line(job.settings(), folder / "winners", folder / "run", job.base))
     args.cache_dir = str(folder / "datasets")
-    notes, loop = patch(job), script.train
-
-    def timed(*arguments):
-        started = time.process_time()  # the machine may have other work
-        stopped = loop(*arguments)
-        notes["seconds"] = time.process_time() - started - notes["seconds"]
-        return stopped
-
-    script.train = timed
+    notes = patch(job)
+    time_the_loop(notes)
     script.main(args)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in ("rivals/clean", "switch/right", "safeguard"):
