@@ -14,13 +14,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+import train_sspo_flux2
 import train_sspo_sd
 import train_sspo_sdxl
 import train_sspo_video
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
+SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
+EVERY = {**SCRIPTS, "flux2": train_sspo_flux2}
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -127,7 +129,7 @@ def keep_models(monkeypatch, script):
 
 def forget_result(run):
     """Takes away what a finished run left, so that it can be resumed without being told that it is there."""
-    for script in SCRIPTS.values():
+    for script in EVERY.values():
         for name in script.RESULTS:
             (run.path / name).unlink(missing_ok=True)
 
