@@ -1536,11 +1536,15 @@ class LatentCache:
 
     def tensors(self, kind, number):
         """What the file of `kind` holds for this number. Raises BadExample if it could not be read."""
-        with safe_open(self.path(kind, number), "pt") as file:
-            if str(number) in file.metadata():
-                raise BadExample(file.metadata()[str(number)])
-            names = [name for name in file.keys() if name.startswith(f"{number}/")]
-            return {name.split("/")[1]: file.get_tensor(name) for name in names}
+        try:
+            with safe_open(self.path(kind, number), "pt") as file:
+                if str(number) in file.metadata():
+                    raise BadExample(file.metadata()[str(number)])
+                names = [name for name in file.keys() if name.startswith(f"{number}/")]
+                return {name.split("/")[1]: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            path = self.path(kind, number)
+            raise UserError(f"{path} is missing or damaged ({one_line(error)}): delete it and resume") from error
 
     def load(self, epoch, row, _=None):
         """The example of Winners.load, already encoded. Raises BadExample if it could not be read."""
@@ -1602,8 +1606,9 @@ def list_checkpoints(output_dir):
 # Copied from train_sspo_sd.damaged
 def damaged(checkpoint, error, args):
     """The UserError for a checkpoint that cannot be read: it names the next older one."""
-    older = [path for path in list_checkpoints(args.output_dir).values() if path != checkpoint]
-    advice = f"try --resume_from_checkpoint {older[-1].name}" if older else "restart in another --output_dir"
+    names = [path.name for path in list_checkpoints(args.output_dir).values()]
+    older = names[: names.index(checkpoint.name)] if checkpoint.name in names else names
+    advice = f"try --resume_from_checkpoint {older[-1]}" if older else "restart in another --output_dir"
     return UserError(f"{checkpoint} is damaged ({one_line(error)}): {advice}")
 
 
@@ -1707,9 +1712,13 @@ def save_checkpoint(accelerator, args, record):
 # Copied from train_sspo_sd.clean_up
 def clean_up(output_dir, step):
     """
-    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and of
-    metrics.jsonl what came after `step`.
+    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and what came after
+    `step`, of checkpoints and of metrics.jsonl.
     """
+    for made, checkpoint in list_checkpoints(output_dir).items():
+        if made > step:  # `latest` would take it at the next restart
+            logger.info(f"{checkpoint} came after the one that is resumed from, and is deleted.")
+            os.replace(checkpoint, checkpoint.with_suffix(".partial"))
     for leftover in list(Path(output_dir).glob("**/*.partial")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if step == 0:

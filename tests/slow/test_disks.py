@@ -12,7 +12,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def disk(train):
-    """disk(options) mounts a tmpfs where "disk/run" will be, or changes the one that is there; disk() takes it away."""
+    """disk(options) mounts a tmpfs where "disk/run" will be, or changes the one there; disk() takes it away."""
     place = train.directory / "disk"
 
     def mount(options=None):
