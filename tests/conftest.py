@@ -20,7 +20,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from helpers import SCRIPTS, Run, flags, run_main
+from helpers import EVERY, SCRIPTS, Run, flags, run_main
 
 
 torch.set_num_threads(1)
@@ -55,6 +55,12 @@ def sdxl_words(tmp_path_factory):
 def motion(tmp_path_factory):
     """A tiny Stable Diffusion pipeline and a motion adapter for it."""
     return tiny.animate_diff(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture(scope="session")
+def flux2(tmp_path_factory):
+    """A tiny pipeline in the layout of FLUX.2 [klein] base."""
+    return tiny.flux2(tmp_path_factory.mktemp("flux2"))
 
 
 @pytest.fixture(scope="session")
@@ -108,14 +114,14 @@ def trains(request, tmp_path):
             data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
             return flags(model, data, tmp_path / name, **options)
 
-        def train(name="run", script=SCRIPTS[kind], **options):
+        def train(name="run", script=EVERY[kind], **options):
             run_main(script, words(name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script, train.words = tmp_path, SCRIPTS[kind], words
+        train.directory, train.script, train.words = tmp_path, EVERY[kind], words
         return train
 
-    return {kind: trainer(kind) for kind in SCRIPTS}
+    return {kind: trainer(kind) for kind in EVERY}
 
 
 @pytest.fixture
@@ -141,7 +147,7 @@ def load(request):
     """load(script, flag=value, ...) gives the args of a run and the models of the tiny pipeline that it is for."""
 
     def loader(script, dtype=torch.float32, model=None, **options):
-        kind = next(name for name, module in SCRIPTS.items() if module is script)
+        kind = next(name for name, module in EVERY.items() if module is script)
         if kind == "video":
             base, adapter = request.getfixturevalue("motion")
             clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)

@@ -5,6 +5,7 @@ if nothing had happened. Runs are forked from the tests' process, which has ever
 
 import functools
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -140,6 +141,40 @@ def in_child(train, prepare, name, **options):
     if child == 0:
         run_and_exit(train.script, words, prepare)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_script(train, prepare=lambda: None, name="run", **options):
+    """
+    Runs a script as __main__ in a child process, down to its last line. Returns its exit code and its lines on stderr.
+
+    prepare() cannot take hold of the script's own functions, which are not there before.
+    """
+    words = train.words(name, **options)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(theirs, 2)
+            os.close(ours)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            os.environ.update(ENVIRONMENT)
+            sys.argv = [train.script.__file__, *map(str, words)]
+            prepare()
+            runpy.run_path(train.script.__file__, run_name="__main__")
+            code = 0
+        except SystemExit as exit:  # as Python does
+            code = exit.code if isinstance(exit.code, int) else 1
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(theirs)
+    with open(ours) as said:
+        lines = said.read().strip().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
 
 
 def kill(train, name, point, **options):

@@ -14,13 +14,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+import train_sspo_flux2
 import train_sspo_sd
 import train_sspo_sdxl
 import train_sspo_video
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}
+SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
+EVERY = {**SCRIPTS, "flux2": train_sspo_flux2}
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -127,7 +129,7 @@ def keep_models(monkeypatch, script):
 
 def forget_result(run):
     """Takes away what a finished run left, so that it can be resumed without being told that it is there."""
-    for script in SCRIPTS.values():
+    for script in EVERY.values():
         for name in script.RESULTS:
             (run.path / name).unlink(missing_ok=True)
 
@@ -152,7 +154,7 @@ def assert_same_but_for_rounding(one, other):
     for name in ("mse/policy_winner", "mse/policy_rival"):
         assert other.column(name) == pytest.approx(one.column(name), rel=1e-6)
     for name in ("gap/winner", "gap/rival"):
-        assert other.column(name) == pytest.approx(one.column(name), abs=2e-7)
+        assert other.column(name) == pytest.approx(one.column(name), abs=5e-7)
     assert other.column("loss") == pytest.approx(one.column("loss"), abs=2e-4)
     base, ours, theirs = (
         load_file(run.path / "replay" / f"iteration-{i}.safetensors") for run, i in ((one, 0), (one, 3), (other, 3))

@@ -91,6 +91,9 @@ STREAMED = dict(
 )
 ROWS = {f"{kind}-{mode}": (kind, dict(CACHED, train_mode=mode)) for kind in SCRIPTS for mode in ("lora", "full")}
 ROWS |= {f"{kind}-streamed": (kind, STREAMED) for kind in SCRIPTS}
+FLUX2 = dict(CACHED, mixed_precision="bf16")
+ROWS |= {f"flux2-{mode}": ("flux2", dict(FLUX2, train_mode=mode)) for mode in ("lora", "full")}
+ROWS["flux2-streamed"] = ("flux2", {name: value for name, value in STREAMED.items() if name != "rollout_scheduler"})
 ROWS["sdxl-sft"] = ("sdxl", dict(CACHED, loss_type="sft", train_mode="full", optimizer="adafactor"))
 ROWS["sdxl-given-rivals"] = ("sdxl", dict(rivals="given", cache_latents=True, mixed_precision="fp16"))
 ROWS["sd-kept-rivals"] = ("sd", dict(rivals_per_winner=1, cache_latents=True, mixed_precision="fp16", unpaired=True))

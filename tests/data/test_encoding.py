@@ -179,10 +179,10 @@ def test_cached_winners_are_read_and_encoded_once_and_change_nothing(each, monke
 def test_a_cache_is_filled_where_it_was_left_and_used_again(each, monkeypatch):
     """Files of three rows: those that are there are not encoded again, for flags that they do not depend on."""
     script, encoded = each.script, []
-    encode_examples = script.encode_examples
+    encode_latents = script.encode_latents
     monkeypatch.setattr(script.LatentCache, "CHUNK", 3)
     monkeypatch.setattr(
-        script, "encode_examples", lambda m, e: encoded.extend(x["row"] for x in e) or encode_examples(m, e)
+        script, "encode_latents", lambda m, e: encoded.extend(x["row"] for x in e) or encode_latents(m, e)
     )
     options = dict(cache_latents=True, max_train_steps=2, checkpointing_steps=1, **CACHED)
     run = each(**options)

@@ -188,6 +188,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # as PyTorch does before it chooses a kernel
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     options = dict(attn_mask=attn_mask, scale=scale)
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attention(query, key, value, dropout_p, is_causal, **options)[0]

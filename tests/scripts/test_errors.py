@@ -5,17 +5,15 @@ import json
 import os
 import re
 import resource
-import runpy
 import signal
 import subprocess
 import sys
-import traceback
 
 import datasets
 import pytest
 import tiny
 import torch
-from faults import ranks_in_children
+from faults import ranks_in_children, run_script
 from helpers import ENVIRONMENT, ROOT, SCRIPTS, flags, forget_result
 from transformers import CLIPTextModel
 
@@ -268,42 +266,7 @@ def test_non_finite_loss_stops_the_run(train):
     )
 
 
-# The bottom of the script. It is run as __main__ in a child of this process, which has everything imported.
-
-
-@pytest.fixture
-def run_script():
-    """run_script(train, prepare, flag=value, ...) gives the exit code of a script and its lines on stderr."""
-
-    def run(train, prepare=lambda: None, **options):
-        words = train.words("run", **options)
-        ours, theirs = os.pipe()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.dup2(theirs, 2)
-                os.close(ours)
-                sys.stderr = open(2, "w", buffering=1, closefd=False)
-                os.environ.update(ENVIRONMENT)
-                sys.argv = [train.script.__file__, *map(str, words)]
-                prepare()
-                runpy.run_path(train.script.__file__, run_name="__main__")
-                code = 0
-            except SystemExit as exit:  # as Python does
-                code = exit.code if isinstance(exit.code, int) else 1
-                if isinstance(exit.code, str):
-                    print(exit.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        os.close(theirs)
-        with open(ours) as said:
-            lines = said.read().strip().splitlines()
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
-
-    return run
+# The bottom of the script
 
 
 def test_command_line_ends_with_one_line_and_no_traceback(sd, winners, tmp_path):
@@ -319,7 +282,7 @@ def test_command_line_ends_with_one_line_and_no_traceback(sd, winners, tmp_path)
     assert last.startswith("train_sspo_sd.py: the data set has no column titel: it has image, text")
 
 
-def test_every_script_ends_with_one_line(each, run_script):
+def test_every_script_ends_with_one_line(each):
     code, said = run_script(each, caption_column="titel")
     assert code == 1
     assert said == [
@@ -329,7 +292,7 @@ def test_every_script_ends_with_one_line(each, run_script):
 
 
 @pytest.mark.parametrize("options", [{}, dict(dataloader_num_workers=2), dict(cache_latents=True)])
-def test_a_bad_winner_ends_with_one_line_and_advice(train, run_script, tmp_path, options):
+def test_a_bad_winner_ends_with_one_line_and_advice(train, tmp_path, options):
     """From a loader process, too, whose own message comes with the traceback there."""
     folder = tmp_path / "data"
     tiny.folder_of_winners(folder, 4)
@@ -344,7 +307,7 @@ def test_a_bad_winner_ends_with_one_line_and_advice(train, run_script, tmp_path,
 
 
 @pytest.mark.parametrize("what", ["the metrics", "the base's push", "a checkpoint"])
-def test_a_full_disk_ends_with_one_line(train, whole, run_script, what):
+def test_a_full_disk_ends_with_one_line(train, whole, what):
     """What the system says, and how to resume. The disk is a limit on the size of a file."""
     options = dict(max_train_steps=2, checkpointing_steps=2)
     size = (whole(train, **options).path / "replay" / "iteration-0.safetensors").stat().st_size
@@ -361,7 +324,7 @@ def test_a_full_disk_ends_with_one_line(train, whole, run_script, what):
     ]
 
 
-def test_an_interrupt_before_there_is_anything_to_save_is_quiet(train, run_script):
+def test_an_interrupt_before_there_is_anything_to_save_is_quiet(train):
     def prepare():
         load = CLIPTextModel.from_pretrained
         CLIPTextModel.from_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or load(*a, **k)

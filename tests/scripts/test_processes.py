@@ -16,6 +16,7 @@ from helpers import (
     Run,
     assert_same_but_for_rounding,
     assert_same_result,
+    forget_result,
     launch,
     start,
     updates,
@@ -61,6 +62,14 @@ def test_two_processes_are_one(trains, kind, options):
     train, options = trains[kind], {**LAYOUT, "train_batch_size": 2, **options}
     alone = dict(train_batch_size=4, gradient_accumulation_steps=1, split_pairs=False)
     assert_same_but_for_rounding(train("one", **{**options, **alone}), run_of_two(train, "two", **options))
+
+
+def test_a_run_may_be_resumed_on_more_processes(train):
+    options = dict(LAYOUT, checkpointing_steps=3)
+    one = train("one", train_batch_size=4, **options)
+    forget_result(train("two", train_batch_size=4, **{**options, "max_train_steps": 3}))
+    two = run_of_two(train, "two", train_batch_size=2, resume_from_checkpoint="latest", **options)
+    assert_same_but_for_rounding(one, two)
 
 
 def recipe(rank, *words, **variables):
