@@ -53,6 +53,16 @@ def test_killed_after_it_went_back_to_an_older_checkpoint(train, whole):
     assert_as_never_stopped(whole(train, **options), again)
 
 
+@pytest.mark.parametrize("call", [11, 12])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_killed_while_it_keeps_rivals(train, whole, mode, call):
+    """None of a batch or all are kept: what is sampled in a batch of another size may differ in its last bit."""
+    options = dict(OPTIONS, train_mode=mode, cache_latents=True, rivals_per_winner=2)
+    kill(train, "killed", (None, "write_tensors", call, "before"), **options)
+    again = train("killed", resume_from_checkpoint="latest", **options)
+    assert_as_never_stopped(whole(train, **options), again)
+
+
 @pytest.mark.parametrize("mode, move", [("lora", 2), ("full", 4)])
 def test_a_result_is_whole_or_none(train, whole, mode, move):
     """Killed while an old result is replaced; the long part has every move of every script."""
