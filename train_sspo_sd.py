@@ -498,8 +498,8 @@ def add_shared_arguments(parser):
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
     add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
     add("--draws_per_pair", type=natural, default=1,
-        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
-        "needs the memory of a batch so many times as large.")
+        help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
+        "is decided by their mean. The update needs the memory of a batch so many times as large.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
@@ -814,8 +814,15 @@ def latent_shape(models, args):
 
 
 def draw_timesteps(models, generator, draws):
-    """`draws` timesteps, uniform over 0..T-1."""
-    return torch.randint(models.noise_scheduler.config.num_train_timesteps, (draws,), generator=generator)
+    """
+    `draws` timesteps, each uniform over 0..T-1. Several come one from each of as many equal parts of the schedule:
+    a pair's gradient is less noisy, for nothing (docs/method.md).
+    """
+    total = models.noise_scheduler.config.num_train_timesteps
+    if draws == 1:
+        return torch.randint(total, (1,), generator=generator)
+    places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    return (places * total).long().clamp(max=total - 1)
 
 
 def add_noise(models, latents, noise, timesteps):
@@ -1395,6 +1402,8 @@ def run_settings(args, accelerator, winners):
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
+    if args.streaming:  # in a loader process datasets shuffles a stream otherwise
+        settings["loader processes"] = min(args.dataloader_num_workers, 1)
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings

@@ -531,8 +531,8 @@ def add_shared_arguments(parser):
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
     add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
     add("--draws_per_pair", type=natural, default=1,
-        help="Draws of (timestep, noise) for a pair in an update. The switch is decided by their mean. The update "
-        "needs the memory of a batch so many times as large.")
+        help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
+        "is decided by their mean. The update needs the memory of a batch so many times as large.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
@@ -1035,8 +1035,15 @@ def latent_shape(models, args):
 
 # Copied from train_sspo_sd.draw_timesteps
 def draw_timesteps(models, generator, draws):
-    """`draws` timesteps, uniform over 0..T-1."""
-    return torch.randint(models.noise_scheduler.config.num_train_timesteps, (draws,), generator=generator)
+    """
+    `draws` timesteps, each uniform over 0..T-1. Several come one from each of as many equal parts of the schedule:
+    a pair's gradient is less noisy, for nothing (docs/method.md).
+    """
+    total = models.noise_scheduler.config.num_train_timesteps
+    if draws == 1:
+        return torch.randint(total, (1,), generator=generator)
+    places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    return (places * total).long().clamp(max=total - 1)
 
 
 # Copied from train_sspo_sd.add_noise
@@ -1337,18 +1344,6 @@ class Winners:
         if not isinstance(caption, str):
             raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
         return caption
-
-
-# Copied from train_sspo_sd.to_rgb
-def to_rgb(picture):
-    """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 # Copied from train_sspo_sd.crop_picture
@@ -1672,6 +1667,8 @@ def run_settings(args, accelerator, winners):
     )
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
+    if args.streaming:  # in a loader process datasets shuffles a stream otherwise
+        settings["loader processes"] = min(args.dataloader_num_workers, 1)
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["--max_train_steps"] = args.max_train_steps  # by which the rate falls
     return settings
