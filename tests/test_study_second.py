@@ -13,9 +13,10 @@ from scipy import stats
 STUDY = ROOT / "examples" / "study"
 sys.path.insert(0, str(STUDY))
 
-import second  # noqa: E402  # first: it sets the path
-import measures  # noqa: E402, I001
+import measures  # noqa: E402
 import power  # noqa: E402
+import second  # noqa: E402
+import second_report  # noqa: E402
 import study  # noqa: E402
 
 
@@ -137,7 +138,7 @@ def test_the_plan_tells_what_is_run():
         second.script.parse_args(second.Run("T1", "first", row, 0).command_line("a", "b", "c"))
         for row in ("sft constant", "unpaired")
     )
-    latents = sum(second.study.expected_calls(sspo)) * sspo.max_train_steps
+    latents = sum(study.expected_calls(sspo)) * sspo.max_train_steps
     with_gradient = 2 * 16 * sspo.draws_per_pair * sspo.max_train_steps
     assert 3 * 16 * sft.max_train_steps == latents + 2 * with_gradient == 40_320 and "40 320" in plan
 
@@ -205,7 +206,6 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
             continue
         args = second.script.parse_args(run.command_line("start", "winners", "out"))
         assert args.train_mode == "full" and args.rollout_guidance_scale == 1 and args.rivals_per_winner is None
-        assert args.max_train_steps == (3000 if run.task != "start" and False else args.max_train_steps)
         assert args.unpaired == run.row.startswith("unpaired")
     main = [run for run in runs if run.task == "T1" and run.stage == "main"]
     for row in second.FAMILY + ("sft constant", "sft decaying", "start"):
@@ -219,13 +219,13 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
 
 
 def test_hinge_is_its_formula():
-    errors = [torch.tensor([[a, a], [b, b]]) for a, b in ((0.30, 0.10), (0.12, 0.20), (0.29, 0.12), (0.10, 0.21))]
+    errors = [torch.tensor([[a, a], [b, b]]) for a, b in ((0.30, 0.10), (0.13, 0.20), (0.29, 0.12), (0.10, 0.21))]
     errors[0].requires_grad_()
     loss, told = second.hinge_loss(*errors, 2000.0, "none", margin=0.015)
-    assert loss.item() == pytest.approx((0.015 + 0.01 - 0.02 + 0.015 - 0.02 + 0.01) / 2)
+    assert loss.item() == pytest.approx((0 + 0.015 - 0.02 + 0.01) / 2, rel=1e-5), "0.015 + 0.01 - 0.03 is below 0"
     far, _ = second.hinge_loss(*errors, 2000.0, "none", margin=-1.0)
     assert far.item() == 0 and torch.autograd.grad(far, errors[0])[0].abs().sum() == 0, "far enough is not pushed"
-    assert told["gap/winner"].item() == pytest.approx((0.01 - 0.02) / 2)
+    assert told["gap/winner"].item() == pytest.approx((0.01 - 0.02) / 2, rel=1e-5)
 
 
 def test_extrapolated_weights():
@@ -269,18 +269,18 @@ def test_a_run_is_trained_measured_counted_and_collected(tiny):
     assert len(second.read_csv(second.DATA / "captions.csv.gz")) == 2
     run.result.unlink()
     second.collected.cache_clear()
-    assert second.mean_mmd([run], "end", 1.0) != second.mean_mmd([run], "average 0.5", 1.0) or True
+    assert second.told(run)["captions"][1]["mmd"] == told["captions"][1]["mmd"], "from data/, so it does not run again"
     assert second.collect() == 2, "what is no more in work/ stays in data/"
+    second.collected.cache_clear()
 
 
 def test_weights_average_and_the_base_is_a_reference(tiny, tmp_path):
-    """The average of decay 0.5 is recomputed from the weights after each update; the bank's first entry is the base."""
+    """The average is worked out again from the weights after each update; the bank's first entry is the base."""
     seen, notes = [], {}
     run = second.Run("T2", "first", "unpaired, base", 0, (("learning_rate", 1e-3),), ("end", "average 0.5"))
+    start = second.start_folder(run)  # made by a run of its own, which does not count
     with second.patched(run, notes):
-        args = second.script.parse_args(
-            run.command_line(second.start_folder(run), second.winners_of(run), tmp_path / "out")
-        )
+        args = second.script.parse_args(run.command_line(start, second.winners_of(run), tmp_path / "out"))
         args.cache_dir = str(tmp_path / "datasets")
         write_metrics, load, references = second.script.write_metrics, second.script.ReplayBank.load, []
         prepare = second.script.prepare_denoiser
@@ -338,3 +338,48 @@ def test_what_is_committed_has_been_planned():
         assert not flags or flags["seed"] == int(line["seed"])
         if line["task"] == "T1" and flags:
             assert flags["max_train_steps"] == second.ROWS[line["row"]].flags["max_train_steps"]
+
+
+@pytest.fixture
+def made_up(told, monkeypatch):
+    """
+    Main runs of T1: at guidance 1 unpaired is 0.05 better than SFT on both bases, hinge as much worse, indicator
+    better on one base only, sign better at the price of recall, none with rival 0.3 and extrapolated are level.
+    """
+    gains = {"unpaired": (-0.05, -0.05), "hinge": (0.05, 0.05), "indicator": (-0.05, 0.05), "sign": (-0.05, -0.05)}
+    tuning = second.told
+
+    def main(run):
+        if run.stage == "tuning":
+            return tuning(run)
+        rng = RNG([run.seed, *run.base.encode(), *run.row.encode()])
+        of_seed, lines = 0.002 * rng.normal(), []
+        for model in run.models:
+            for guidance in run.guidances:
+                for caption in second.held_out(run.seed)[0]:
+                    gain = gains.get(run.row, (0, 0))[run.base == "second"] if guidance == 1 else 0
+                    line = {"model": model, "guidance": guidance, "part": "held out", "caption": caption}
+                    line["mmd"] = 0.3 + gain + of_seed + 0.005 * rng.normal()
+                    line |= {"score": 0.9, "second score": 0.9, "recall": 0.4 if run.row == "sign" else 0.5}
+                    lines.append(line)
+        return {"captions": lines}
+
+    monkeypatch.setattr(second, "told", main)
+
+
+def test_the_family_is_told_as_the_plan_says(made_up):
+    told = {(row, place): (p, word) for row, place, _, p, word in second_report.family()}
+    assert len(told) == 12
+    words = {row: told[row, "guidance 1"][1] for row in second.FAMILY}
+    assert words["unpaired"] == "ahead" and words["hinge"] == "behind" and words["sign"] == "ahead, at a price"
+    assert words["indicator"] == "not resolved" and told["indicator", "guidance 1"][0] == 1, "the bases disagree"
+    assert {words[row] for row in ("none, rival 0.3", "extrapolated")} == {"equivalent"}
+    assert {word for (_, place), (_, word) in told.items() if place == "own best"} == {"equivalent"}
+    both = next(both for row, _, both, _, _ in second_report.family() if row == "unpaired")
+    assert [one["seeds"] for one in both] == [8, 8] and both[0]["mean"] == pytest.approx(-0.05, abs=0.005)
+
+
+def test_nothing_is_concluded_before_the_main_runs(told, monkeypatch):
+    tuning = second.told
+    monkeypatch.setattr(second, "told", lambda run: tuning(run) if run.stage == "tuning" else None)
+    assert second_report.family() == []

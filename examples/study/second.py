@@ -190,11 +190,11 @@ def told(run):
 
 @functools.cache
 def collected():
-    """{name: record} of data/, as far as the choices need it: the error and the MMD of each caption."""
+    """{name: record} of data/, its error and what was measured of each caption."""
     records = {line["run"]: {"error": float(line["error"]), "captions": []} for line in read_csv(DATA / "runs.csv")}
     for line in read_csv(DATA / "captions.csv.gz"):
-        values = {"model": line["model"], "guidance": float(line["guidance"]), "part": line["part"]}
-        records[line["run"]]["captions"].append({**values, "mmd": float(line["mmd"])})
+        numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line[name]}
+        records[line["run"]]["captions"].append(line | numbers)
     return records
 
 
@@ -317,13 +317,8 @@ def patched(run, notes):
     """
     notes.update({"seconds": 0.0, "forwards": 0, "backwards": 0, "averages": {}})
     decays = [float(name.removeprefix("average ")) for name in run.models if name.startswith("average")]
-    predict, prepare, write_metrics, load = (
-        script.predict,
-        script.prepare_denoiser,
-        script.write_metrics,
-        script.ReplayBank.load,
-    )
-    weights = {}
+    predict, prepare, write_metrics = script.predict, script.prepare_denoiser, script.write_metrics
+    load, weights = script.ReplayBank.load, {}
 
     def counted(denoiser, noisy, *others):
         notes["forwards"] += len(noisy)
@@ -333,8 +328,8 @@ def patched(run, notes):
     def prepared(models, *others):
         prepare(models, *others)
         weights.update(models.denoiser.named_parameters())
-        copy = {name: weight.detach().clone() for name, weight in weights.items()}
-        notes["averages"] = {decay: {name: weight.clone() for name, weight in copy.items()} for decay in decays}
+        for decay in decays:
+            notes["averages"][decay] = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def averaged(args, metrics):
         write_metrics(args, metrics)
@@ -368,19 +363,24 @@ def only_one(name):
         yield
 
 
+def winner(run, caption, index):
+    """One of the run's winners, a PIL picture."""
+    seed = WINNER_SEEDS + 1000 * run.seed + index
+    picture = render(caption, seed)
+    return degrade(picture, caption, seed) if is_degraded(caption, seed, run.share) else picture
+
+
 def winners_of(run):
     """The folder of a seed's winners, written if it is missing; the same for all rows of the seed."""
-    (_, aligned), first = held_out(run.seed), WINNER_SEEDS + 1000 * run.seed
+    _, aligned = held_out(run.seed)
     folder = WORK / "winners" / f"seed {run.seed}, {100 * run.share:.0f} % degraded"
     with only_one("winners"):
         if not folder.exists():
             partial = folder.with_name(folder.name + ".partial")
-            write_winners(partial, PER_CAPTION, aligned, first)
-            for name in aligned:
-                for seed in range(first, first + PER_CAPTION):
-                    if run.share and is_degraded(name, seed, run.share):
-                        file = partial / f"{name.replace(' ', '-')}-{seed - first:03d}.png"
-                        degrade(render(name, seed), name, seed).save(file)
+            write_winners(partial, PER_CAPTION, aligned, WINNER_SEEDS + 1000 * run.seed)
+            for name in aligned if run.share else ():
+                for index in range(PER_CAPTION):
+                    winner(run, name, index).save(partial / f"{name.replace(' ', '-')}-{index:03d}.png")
             partial.rename(folder)
     return folder
 
@@ -452,17 +452,12 @@ def real(caption):
 
 def draw(pipeline, texts, first_seed, guidance):
     noise = [torch.Generator().manual_seed(first_seed + place) for place in range(len(texts))]
-    pictures = []
-    for start in range(0, len(texts), 32):
-        piece = slice(start, start + 32)
-        sampler = {"num_inference_steps": STEPS, "guidance_scale": guidance}
-        pictures += pipeline(texts[piece], generator=noise[piece], **sampler).images
-    return pictures
+    return pipeline(texts, generator=noise, num_inference_steps=STEPS, guidance_scale=guidance).images
 
 
 def measure(pipeline, run, model):
     """A dict for each guidance and caption: what data/columns.md names, and `pictures`, the scorers' word on each."""
-    lines, first = [], WINNER_SEEDS + 1000 * run.seed
+    lines = []
     for guidance in run.guidances[:1] if model == "half" else run.guidances:
         for part, captions in zip(("held out", "aligned"), held_out(run.seed)):
             count = PICTURES[run.stage].get(part, 0)
@@ -475,7 +470,7 @@ def measure(pipeline, run, model):
                 line |= {"mmd": measures.mmd(made, real(caption), measures.WIDTH)}
                 line |= {"precision": precision, "recall": recall}
                 if part == "aligned":
-                    shown = [render(caption, first + index) for index in range(PER_CAPTION)]
+                    shown = [winner(run, caption, index) for index in range(PER_CAPTION)]
                     unseen = [render(caption, measures.UNSEEN + 1000 + index) for index in range(PER_CAPTION)]
                     line["memorisation"] = measures.memorisation(*map(pixels, (pictures, shown, unseen)))
                 scorers = load_scorer(), load_second_scorer()
@@ -535,6 +530,7 @@ def carry_out(run):
         if run.task == "start":
             pipeline.to(torch.float16).save_pretrained(folder.with_suffix(".half"))
             shutil.rmtree(folder)
+            shutil.rmtree(WORK / "starts" / run.name, ignore_errors=True)
             folder.with_suffix(".half").rename(WORK / "starts" / run.name)
     run.result.parent.mkdir(parents=True, exist_ok=True)
     partial = run.result.with_suffix(".partial")
