@@ -383,3 +383,27 @@ def test_nothing_is_concluded_before_the_main_runs(told, monkeypatch):
     tuning = second.told
     monkeypatch.setattr(second, "told", lambda run: tuning(run) if run.stage == "tuning" else None)
     assert second_report.family() == []
+
+
+def test_the_stages_run_in_turn_and_a_failure_stops_them(tmp_path, monkeypatch):
+    """Two stages of two runs, the second of which depends on the first; what is there is not run again."""
+    monkeypatch.setattr(second, "WORK", tmp_path)
+    runs = [second.Run("T1", "first", row, seed) for row in ("sign", "hinge") for seed in (0, 1)]
+
+    def stages():
+        yield lambda: runs[:2]
+        yield lambda: runs[2:] if second.told(runs[1]) else []
+
+    def carry_out(run):
+        if run.row == "hinge" and run.seed == 1:
+            raise RuntimeError("this one is broken")
+        run.result.write_text('"made now"')
+
+    monkeypatch.setattr(second, "stages", stages)
+    monkeypatch.setattr(second, "carry_out", carry_out)
+    (tmp_path / "runs").mkdir()
+    runs[0].result.write_text('"kept"')
+    assert second.run_all(1) == 1, "one failed"
+    assert [second.told(run) for run in runs] == ["kept", "made now", "made now", None]
+    with second.only_one("run"), pytest.raises(BlockingIOError):
+        second.run_all(1)

@@ -355,11 +355,11 @@ def patched(run, notes):
 
 
 @contextlib.contextmanager
-def only_one(name):
-    """Of the runs that are side by side."""
+def only_one(name, wait=True):
+    """Of the processes that are side by side; without `wait`, BlockingIOError where another one is there."""
     WORK.mkdir(exist_ok=True)
     with (WORK / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -593,10 +593,11 @@ def collect():
 def run_all(workers):
     """Runs what is missing, stage by stage. Returns the number of runs that failed; the stages after one wait."""
     provenance()
-    for stage in stages():
-        missing = [run for run in dict.fromkeys(stage()) if told(run) is None]
-        if failed := study.run_all(missing, workers, WORK / "logs", carry_out):
-            return failed
+    with only_one("run", wait=False):
+        for stage in stages():
+            missing = [run for run in dict.fromkeys(stage()) if told(run) is None]
+            if failed := study.run_all(missing, workers, WORK / "logs", carry_out):
+                return failed
     return 0
 
 
