@@ -58,6 +58,21 @@ def test_the_kernel_is_as_wide_as_two_renders_are_apart():
     assert measures.WIDTH == pytest.approx(np.median(apart), rel=0.15)
 
 
+def test_mmd_knows_clean_pictures_from_degraded_ones_others_and_copies():
+    """On renders that nothing else uses: what is right is near 0, and each fault is seen."""
+    real = measures.real_features("umbrella")
+
+    def far(pictures):
+        decoded = measures.through_autoencoder(measures.to_tensor(pictures)).clamp(-1, 1)
+        return measures.mmd(measures.features(decoded), real, measures.WIDTH)
+
+    clean = [second.render("umbrella", 5_000_000 + index) for index in range(24)]
+    degraded = [second.degrade(picture, "umbrella", index) for index, picture in enumerate(clean)]
+    assert abs(far(clean)) < 0.03 < far(clean[:12] + degraded[12:]) < far(degraded)
+    assert far([second.render("rocket", index) for index in range(24)]) > 1
+    assert far(clean[:1] * 24) > 0.2, "collapsed"
+
+
 def test_holm():
     """Worked by hand: 4 x 0.01, 3 x 0.015, then 2 x 0.02 is less than that, and the last is not above 1."""
     assert measures.holm([0.02, 0.01, 0.9, 0.015]) == pytest.approx([0.045, 0.04, 0.9, 0.045])
