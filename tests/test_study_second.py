@@ -170,9 +170,10 @@ def test_all_captions_are_held_out_in_turn():
 def record(run, mmd, error=0.1):
     """What a run leaves, as far as the choices need it; `mmd(model, guidance)`."""
     lines = [
-        {"model": model, "guidance": guidance, "part": "held out", "mmd": mmd(model, guidance)}
+        {"model": model, "guidance": guidance, "part": "held out", "caption": caption, "mmd": mmd(model, guidance)}
         for model in run.models
         for guidance in run.guidances
+        for caption in second.held_out(run.seed)[0]
     ]
     return {"error": error, "captions": lines}
 
@@ -422,3 +423,20 @@ def test_the_stages_run_in_turn_and_a_failure_stops_them(tmp_path, monkeypatch):
     assert [second.told(run) for run in runs] == ["kept", "made now", "made now", None]
     with second.only_one("run"), pytest.raises(BlockingIOError):
         second.run_all(1)
+
+
+def test_power_from_the_tuning_is_that_of_its_variances(told, monkeypatch):
+    """What is random has a known size, so the standard error over 96 cells of 40 captions is known."""
+    tuning = second.told
+
+    def noisy(run):
+        record, rng = tuning(run), RNG([run.seed, *run.row.encode()])
+        for line in record["captions"]:
+            line["mmd"] += 0.01 * rng.normal()
+        return record
+
+    monkeypatch.setattr(second, "told", noisy)
+    lines = [line.split(" | ") for line in second_report.tuning_power("first").splitlines()[2:]]
+    assert [line[0].removeprefix("| ") for line in lines] == list(second.FAMILY)
+    error = 0.01 * 2**0.5 * power.standard_error((0, 1, 0, 0), 8, 12, 24)
+    assert np.median([float(line[2]) for line in lines]) == pytest.approx(power.seen(error, 8, 0.05), rel=0.5)

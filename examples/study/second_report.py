@@ -1,9 +1,13 @@
-"""What the second study's plan concludes from its main runs: the family of comparisons, as soon as they are there.
+"""What the second study's plan concludes from its main runs, as soon as they are there, and how many seeds they need.
 
-python examples/study/second_report.py
+python examples/study/second_report.py family
+python examples/study/second_report.py power   # when the tuning is done: which difference of MMD would be seen
 """
 
+import sys
+
 import numpy as np
+import power
 import second  # first: it sets the path
 import study
 from measures import holm, mixed_model
@@ -85,10 +89,42 @@ def table(told):
     return study.report.table(head, lines)
 
 
-if __name__ == "__main__":
-    made = family()
-    if made:
+def tuning_power(base, seeds=(8, 10)):
+    """
+    A table: by the tuning's three seeds, which difference of the MMD each row of the family would show at guidance 1.
+
+    No caption is held out twice in the tuning, so a caption's variance cannot be told from the rest: all of it is
+    taken for the caption's, the less favourable reading. So is 8 pictures of a caption instead of 24.
+    """
+    sft, lines = second.best_sft(base), []
+    for row in second.FAMILY:
+        mmd = []
+        for one in (row, sft):
+            settings, model, _ = second.chosen(base, one)
+            runs = [second.trials(base, one, seed, [dict(settings)])[0] for seed in second.TUNING]
+            told = [(run.seed, line) for run in runs for line in second.told(run)["captions"]]
+            wanted = [(seed, line) for seed, line in told if (line["model"], line["guidance"]) == (model, 1.0)]
+            mmd.append({(seed, line["caption"]): line["mmd"] for seed, line in wanted})
+        keys = sorted(mmd[0])
+        fitted = mixed_model([mmd[0][key] - mmd[1][key] for key in keys], *zip(*keys))
+        of_seed, of_caption, rest = fitted["components"]
+        errors = {n: power.standard_error((of_seed, of_caption + rest, 0, 0), n, second.HELD_OUT, 24) for n in seeds}
+        cells = [f"{power.seen(errors[n], n, alpha):.4f}" for n in seeds for alpha in (0.05, 0.05 / 12)]
+        lines.append([row, f"{np.mean([*mmd[1].values()]):.4f}", *cells])
+    head = ["row", "SFT's MMD", *(f"{n} seeds: {what}" for n in seeds for what in ("seen alone", "seen first of 12"))]
+    return study.report.table(head, lines)
+
+
+def main():
+    if sys.argv[1:] == ["power"]:
+        for base in study.BASES:
+            print(f"{base} base\n{tuning_power(base)}")
+    elif made := family():
         seeds = {one["seeds"] for _, _, both, _, _ in made for one in both}
         print(f"seeds: {min(seeds)} to {max(seeds)} of {len(second.SEEDS)}\n{table(made)}")
     else:
         print("The main runs are not there yet: python examples/study/second.py status")
+
+
+if __name__ == "__main__":
+    main()
