@@ -601,12 +601,12 @@ def run_all(workers):
     return 0
 
 
-def status():
-    """Says how much is there of each stage, as far as the stages before it tell which runs it has."""
-    for number, stage in enumerate(stages()):
+def progress():
+    """Yields (runs, how many of them are there) of each stage, as far as those before it tell which runs it has."""
+    for stage in stages():
         runs = list(dict.fromkeys(stage()))
         there = sum(told(run) is not None for run in runs)
-        print(f"stage {number}: {there} of {len(runs)} runs, from {runs[0].name!r} on")
+        yield runs, there
         if there < len(runs):
             return
 
@@ -619,9 +619,10 @@ def main():
     if args.command == "run":
         if failed := run_all(args.workers):
             raise SystemExit(f"{failed} runs failed: see {WORK / 'logs'}")
-    elif args.command == "status":
-        status()
-    if args.command != "status":
+    if args.command == "status":
+        for number, (runs, there) in enumerate(progress()):
+            print(f"stage {number}: {there} of {len(runs)} runs, from {runs[0].name!r} on")
+    else:
         print(f"{collect()} runs in {DATA}")
 
 

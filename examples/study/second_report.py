@@ -4,7 +4,7 @@ python examples/study/second_report.py family
 python examples/study/second_report.py power   # when the tuning is done: which difference of MMD would be seen
 """
 
-import sys
+import argparse
 
 import numpy as np
 import power
@@ -116,7 +116,13 @@ def tuning_power(base, seeds=(8, 10)):
 
 
 def main():
-    if sys.argv[1:] == ["power"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["family", "power"])
+    command = parser.parse_args().command
+    runs, _ = [*second.progress()][-1]
+    if runs[0].stage == "tuning":
+        print("The tuning is not done yet: python examples/study/second.py status")
+    elif command == "power":
         for base in study.BASES:
             print(f"{base} base\n{tuning_power(base)}")
     elif made := family():
