@@ -487,8 +487,6 @@ def add_shared_arguments(parser):
     add("--revision", help="Branch, tag or commit of the base model on the hub.")
     add("--variant", help="Variant of the base model's files, for example fp16.")
     add("--cache_dir", help="Where downloaded models and data sets are kept.")
-    add("--prediction_type", choices=["epsilon", "v_prediction"],
-        help="What the model predicts, if its scheduler's configuration says it wrongly.")
 
     add = parser.add_argument_group("winners").add_argument
     add("--dataset_name", help="Hub name or local path of a data set of winners.")
@@ -538,7 +536,6 @@ def add_shared_arguments(parser):
     add("--rollout_guidance_scale", type=float, default=1.0,
         help="Guidance of the rivals; 1 or less means none, which halves the cost and is the reference's own "
         "distribution. The paper does not tell its sampler.")
-    add("--rollout_scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
     add("--rollout_batch_size", type=natural,
         help="Rivals sampled at once, a multiple of --train_batch_size. Default: train_batch_size x "
         "gradient_accumulation_steps, at most 16.")
@@ -547,7 +544,7 @@ def add_shared_arguments(parser):
         "fewer sampler steps.")
     add("--rank", type=natural, default=8, help="Rank of the LoRA adapters.")
     add("--lora_alpha", type=positive, help="Scale of the adapters, times the rank. Default: the rank.")
-    add("--lora_layers", help="Layers that get adapters, comma separated. Default: to_q,to_k,to_v,to_out.0.")
+    add("--lora_layers", help=f"Layers that get adapters, comma separated. Default: {LORA_LAYERS}.")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=int, default=0, help="Every random draw follows from it, on any layout of hardware.")
@@ -573,8 +570,6 @@ def add_shared_arguments(parser):
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Default: as accelerate is configured. Errors and loss are fp32 in any case.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true",
-        help="xformers in place of PyTorch's own attention, which saves memory too. CUDA only.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="sspo-model", help="Where all that a run leaves is written.")
@@ -679,17 +674,34 @@ SIDE_MULTIPLE = 8  # of the height and the width, in pixels
 RESULTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "model_index.json")
 SAMPLES = "png"  # the kind of file in samples/ that the model card shows
 CACHE_KEY = "image_column caption_column rivals resolution center_crop random_flip seed"  # what cached rows depend on
+LORA_LAYERS = "to_q,to_k,to_v,to_out.0"
 
 
 def add_pipeline_arguments(parser):
     """Adds the flags that scripts of other pipelines do not have, and sets defaults of this one."""
+    add_unet_arguments(parser)
     add_picture_arguments(parser)
+    add = parser.add_argument_group("other tools").add_argument
+    kohya = "Also write the LoRA weights for ComfyUI, A1111 and Forge, as pytorch_lora_weights_kohya.safetensors."
+    add("--output_kohya_format", action="store_true", help=kohya)
     parser.add_argument_group("Stable Diffusion XL").add_argument(
         "--pretrained_vae_model_name_or_path",
         help="A VAE that runs in half precision, for example madebyollin/sdxl-vae-fp16-fix. Default: the base "
         "model's own, in fp32.",
     )
     parser.set_defaults(resolution=1024, validation_guidance_scale=5.0)
+
+
+# Copied from train_sspo_sd.add_unet_arguments
+def add_unet_arguments(parser):
+    """Adds the flags of the scripts whose model is a UNet with a schedule of betas."""
+    add = parser.add_argument_group("UNet").add_argument
+    prediction = "What the model predicts, if its scheduler's configuration says it wrongly."
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help=prediction)
+    samplers = ["dpmsolver", "ddim"]
+    add("--rollout_scheduler", choices=samplers, default="dpmsolver", help="The sampler of rivals and pictures.")
+    xformers = "xformers in place of PyTorch's own attention, which saves memory too. CUDA only."
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help=xformers)
 
 
 # Copied from train_sspo_sd.add_picture_arguments
@@ -700,8 +712,6 @@ def add_picture_arguments(parser):
     add("--resolution", type=number(int, 1), default=512, help="Side of the square pictures, in pixels.")
     add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror half of the pictures.")
-    kohya = "Also write the LoRA weights for ComfyUI, A1111 and Forge, as pytorch_lora_weights_kohya.safetensors."
-    add("--output_kohya_format", action="store_true", help=kohya)
 
 
 @dataclass
@@ -954,7 +964,7 @@ def rollout_scheduler(models, args):
 # Copied from train_sspo_sd.lora_targets
 def lora_targets(args):
     """The modules that get adapters, as peft takes them."""
-    return [layer.strip() for layer in (args.lora_layers or "to_q,to_k,to_v,to_out.0").split(",")]
+    return [layer.strip() for layer in (args.lora_layers or LORA_LAYERS).split(",")]
 
 
 # Copied from train_sspo_sd.trained_in_full
@@ -1183,6 +1193,16 @@ class Winners:
                 f"the {MODALITY} {name or column} in row {row} cannot be read: {one_line(error)}"
             ) from error
 
+    def captions(self):
+        """Yields the caption of each row in epoch 0, or None where it is no text and is to be skipped."""
+        for row, example in enumerate(self.dataset.select_columns([self.caption_column])):
+            try:
+                yield self.caption(example, row, (self.args.seed, 0, row))
+            except BadExample:
+                if self.args.on_bad_example == "stop":
+                    raise
+                yield None
+
     def caption(self, example, row, key):
         caption = example[self.caption_column]
         if isinstance(caption, (list, np.ndarray)) and len(caption):
@@ -1338,11 +1358,14 @@ def encode_examples(models, examples):
     place of pixels and caption. Raises UserError for latents that are not finite.
     """
     prompts = encode_prompt(models, [example["caption"] for example in examples])
+    return [{**example, **prompt} for example, prompt in zip(encode_latents(models, examples), prompts)]
+
+
+# Copied from train_sspo_sd.encode_latents
+def encode_latents(models, examples):
+    """encode_examples without the prompts."""
     replaced = ("pixels", "rival_pixels", "caption")
-    encoded = [
-        {**{name: value for name, value in example.items() if name not in replaced}, **prompt}
-        for example, prompt in zip(examples, prompts)
-    ]
+    encoded = [{name: value for name, value in example.items() if name not in replaced} for example in examples]
     for half in ("", "rival_") if "rival_pixels" in examples[0] else ("",):
         mean, std = encode_image(models, torch.stack([example[f"{half}pixels"] for example in examples]))
         for i, example in enumerate(encoded):
@@ -1440,9 +1463,10 @@ class RivalCache:
 # Copied from train_sspo_sd.LatentCache
 class LatentCache:
     """
-    Encoded winners on disk: files of CHUNK rows, written once, each process its share, and read by memory map.
+    Encoded winners on disk: latents in files of CHUNK rows, prompts in files of CHUNK captions, equal captions once.
 
-    An interrupted run resumes where it stopped. Rows that cannot be read are noted in the files' metadata.
+    Files are written once, each process its share, and read by memory map. An interrupted run resumes where it
+    stopped. Rows that cannot be read are noted in the files' metadata.
 
     Args:
         key: what the cached rows depend on, beside the flags in CACHE_KEY and the data set.
@@ -1454,9 +1478,15 @@ class LatentCache:
         flags = {name: getattr(args, name) for name in CACHE_KEY.split()}
         digest = hashlib.sha256(repr((flags, winners.dataset._fingerprint, key)).encode()).hexdigest()
         self.winners, self.args, self.directory = winners, args, Path(args.output_dir, "cache", digest[:16])
+        self.prompts = []  # of each row, the number of its caption
+        numbers = {}
+        for caption in winners.captions():
+            self.prompts.append(None if caption is None else numbers.setdefault(caption, len(numbers)))
+        self.captions = list(numbers)
 
-    def path(self, row):
-        return self.directory / f"rows-{row // self.CHUNK}.safetensors"
+    def path(self, kind, number):
+        """The file of `kind` (rows or prompts) that holds this one."""
+        return self.directory / f"{kind}-{number // self.CHUNK}.safetensors"
 
     def read(self, rows):
         """`rows`, their examples, and the reasons of those that are bad, by row."""
@@ -1471,40 +1501,72 @@ class LatentCache:
         return rows, examples, bad
 
     def fill(self, models, accelerator):
-        """Encodes those of this process's rows that are missing."""
-        size, total, missing = self.args.train_batch_size, len(self.winners), []
-        for first in range(accelerator.process_index * self.CHUNK, total, accelerator.num_processes * self.CHUNK):
-            rows = range(first, min(first + self.CHUNK, total))
-            if not self.path(first).exists():
-                missing += [rows[i : i + size] for i in range(0, len(rows), size)]
+        """Encodes what is missing of this process's share, after saying how much disk all of it takes."""
+        prompts = self.missing("prompts", len(self.captions), accelerator)
+        rows = self.missing("rows", len(self.winners), accelerator)
+        if prompts or rows:
+            prompt = sum(value.nbytes for value in encode_prompt(models, [""])[0].values())
+            latents = 8 * math.prod(latent_shape(models, self.args)) * (2 if self.args.rivals == "given" else 1)
+            size = (len(self.captions) * prompt + len(self.winners) * latents) / 2**30
+            logger.info(
+                f"Caching {len(self.winners)} winners and {len(self.captions)} captions in {self.directory}: up to "
+                f"{size:.2f} GiB, {prompt / 2**20:.2f} MiB a caption."
+            )
         loader = torch.utils.data.DataLoader(
-            missing,
+            rows,
             batch_size=None,
             collate_fn=self.read,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=leave_group,
         )
-        encoded, reasons = {}, {}
-        for rows, examples, bad in tqdm(
-            loader, desc="caching latents", disable=not accelerator.is_local_main_process or not missing
-        ):
-            reasons.update(bad)
-            for example in encode_examples(models, examples) if examples else ():
-                row = example["row"]
-                tensors = {f"{row}/{name}": value for name, value in example.items() if torch.is_tensor(value)}
-                encoded.update({name: value.cpu().contiguous() for name, value in tensors.items()})
-            if (rows[-1] + 1) % self.CHUNK == 0 or rows[-1] + 1 == total:
-                write_tensors(self.path(rows[-1]), encoded, reasons)
-                encoded, reasons = {}, {}
+        encoded = (encode_prompt(models, [self.captions[number] for number in batch]) for batch in prompts)
+        batches = ((batch, dict(zip(batch, embeds)), {}) for batch, embeds in zip(prompts, encoded))
+        self.write("prompts", len(self.captions), batches, len(prompts), accelerator)
+        batches = (
+            (batch, {e["row"]: e for e in encode_latents(models, examples)} if examples else {}, bad)
+            for batch, examples, bad in loader
+        )
+        self.write("rows", len(self.winners), batches, len(rows), accelerator)
         accelerator.wait_for_everyone()
+
+    def missing(self, kind, total, accelerator):
+        """Of 0..total-1, the batches that this process has to encode."""
+        size, missing = self.args.train_batch_size, []
+        for first in range(accelerator.process_index * self.CHUNK, total, accelerator.num_processes * self.CHUNK):
+            numbers = range(first, min(first + self.CHUNK, total))
+            if not self.path(kind, first).exists():
+                missing += [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        return missing
+
+    def write(self, kind, total, batches, count, accelerator):
+        """Writes the tensors of `batches`, each its numbers, a dict of tensors for each, and reasons of bad ones."""
+        encoded, reasons = {}, {}
+        hidden = not accelerator.is_local_main_process or not count
+        for numbers, examples, bad in tqdm(batches, desc=f"caching {kind}", total=count, disable=hidden):
+            reasons.update(bad)
+            for number, example in examples.items():
+                tensors = {f"{number}/{name}": value for name, value in example.items() if torch.is_tensor(value)}
+                encoded.update({name: value.cpu().contiguous() for name, value in tensors.items()})
+            if (numbers[-1] + 1) % self.CHUNK == 0 or numbers[-1] + 1 == total:
+                write_tensors(self.path(kind, numbers[-1]), encoded, reasons)
+                encoded, reasons = {}, {}
+
+    def tensors(self, kind, number):
+        """What the file of `kind` holds for this number. Raises BadExample if it could not be read."""
+        try:
+            with safe_open(self.path(kind, number), "pt") as file:
+                if str(number) in file.metadata():
+                    raise BadExample(file.metadata()[str(number)])
+                names = [name for name in file.keys() if name.startswith(f"{number}/")]
+                return {name.split("/")[1]: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            path = self.path(kind, number)
+            raise UserError(f"{path} is missing or damaged ({one_line(error)}): delete it and resume") from error
 
     def load(self, epoch, row, _=None):
         """The example of Winners.load, already encoded. Raises BadExample if it could not be read."""
-        with safe_open(self.path(row), "pt") as file:
-            if str(row) in file.metadata():
-                raise BadExample(file.metadata()[str(row)])
-            names = [name for name in file.keys() if name.startswith(f"{row}/")]
-            return dict(epoch=epoch, row=row, **{name.split("/")[1]: file.get_tensor(name) for name in names})
+        latents = self.tensors("rows", row)
+        return dict(epoch=epoch, row=row, **latents, **self.tensors("prompts", self.prompts[row]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1561,8 +1623,9 @@ def list_checkpoints(output_dir):
 # Copied from train_sspo_sd.damaged
 def damaged(checkpoint, error, args):
     """The UserError for a checkpoint that cannot be read: it names the next older one."""
-    older = [path for path in list_checkpoints(args.output_dir).values() if path != checkpoint]
-    advice = f"try --resume_from_checkpoint {older[-1].name}" if older else "restart in another --output_dir"
+    names = [path.name for path in list_checkpoints(args.output_dir).values()]
+    older = names[: names.index(checkpoint.name)] if checkpoint.name in names else names
+    advice = f"try --resume_from_checkpoint {older[-1]}" if older else "restart in another --output_dir"
     return UserError(f"{checkpoint} is damaged ({one_line(error)}): {advice}")
 
 
@@ -1666,9 +1729,13 @@ def save_checkpoint(accelerator, args, record):
 # Copied from train_sspo_sd.clean_up
 def clean_up(output_dir, step):
     """
-    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and of
-    metrics.jsonl what came after `step`.
+    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and what came after
+    `step`, of checkpoints and of metrics.jsonl.
     """
+    for made, checkpoint in list_checkpoints(output_dir).items():
+        if made > step:  # `latest` would take it at the next restart
+            logger.info(f"{checkpoint} came after the one that is resumed from, and is deleted.")
+            os.replace(checkpoint, checkpoint.with_suffix(".partial"))
     for leftover in list(Path(output_dir).glob("**/*.partial")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if step == 0:
@@ -1746,6 +1813,17 @@ def draw_samples(models, prompts, empty_prompt, args, accelerator):
     return [pictures[i : i + len(prompts)] for i in range(0, len(pictures), len(prompts))]
 
 
+# Copied from train_sspo_sd.licence
+def licence(args):
+    """The base's licence as its model card has it, which binds what is made of the base; {} if none can be read."""
+    base = Path(args.pretrained_model_name_or_path)
+    try:
+        data = ModelCard.load(base / "README.md" if base.exists() else str(base)).data.to_dict()
+    except Exception:  # of the hub, of the network below it, of what stands in the card
+        return {}
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
+
+
 # Copied from train_sspo_sd.write_model_card
 def write_model_card(args, step, directory):
     """README.md: what this model is, the command that made it, how to load it, and its last samples."""
@@ -1756,6 +1834,7 @@ def write_model_card(args, step, directory):
         library_name="diffusers",
         base_model=None if Path(base).exists() else base,  # the hub takes names of repositories only
         tags=[*TAGS, args.loss_type, *(["lora"] if args.train_mode == "lora" else [])],
+        **licence(args),
     )
     samples, picture = "No validation prompts were given.", f"samples/step-{step}.{SAMPLES}"
     if args.validation_prompts and Path(args.output_dir, picture).exists():
@@ -1992,19 +2071,13 @@ def main(args):
     if checkpoint is not None:
         check_settings(checkpoint, record, settings)
     record["settings"] = settings
+    prepare_denoiser(models, args, "cpu")  # the encoders have the accelerator first, and may leave it
     for module in models.encoders:
         module.to(device)
-    prepare_denoiser(models, args, device)
-    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(trained, args)
-    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
-    register_checkpoint_hooks(accelerator, models, args)
-
     empty_prompt = encode_prompt(models, [""])[0]
     validating = bool(args.validation_prompts) and accelerator.is_main_process
-    if validating:  # before a checkpoint is loaded: the policy is still the base
+    if validating:
         prompts = encode_prompt(models, args.validation_prompts)
-        base_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
     load, encode = winners.load, functools.partial(encode_examples, models)
     if args.cache_latents:
         cache = LatentCache(args, winners, key=(str(dtype), settings["base weights"]))
@@ -2012,6 +2085,12 @@ def main(args):
         load, encode = cache.load, list  # what it loads is encoded
         for module in models.encoders:
             module.to("cpu")
+    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
+    optimizer, schedule = make_optimizer(trained, args)
+    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
+    register_checkpoint_hooks(accelerator, models, args)
+    if validating:  # before a checkpoint is loaded: the policy is still the base
+        base_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
     stream = WinnerStream(
         load, winners, args, accelerator.process_index, accelerator.num_processes, tuple(record["cursor"])
     )

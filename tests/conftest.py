@@ -1,6 +1,9 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
+import io
+import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +20,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from helpers import SCRIPTS, Run, flags, run_main
+from helpers import EVERY, SCRIPTS, Run, flags, run_main
 
 
 torch.set_num_threads(1)
@@ -43,9 +46,21 @@ def sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sdxl_words(tmp_path_factory):
+    """A tiny Stable Diffusion XL pipeline that takes the embedding of "", not zeros, where there is no caption."""
+    return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl-words"), force_zeros=False)
+
+
+@pytest.fixture(scope="session")
 def motion(tmp_path_factory):
     """A tiny Stable Diffusion pipeline and a motion adapter for it."""
     return tiny.animate_diff(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture(scope="session")
+def flux2(tmp_path_factory):
+    """A tiny pipeline in the layout of FLUX.2 [klein] base."""
+    return tiny.flux2(tmp_path_factory.mktemp("flux2"))
 
 
 @pytest.fixture(scope="session")
@@ -60,28 +75,53 @@ def clips(tmp_path_factory):
     return tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips")
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Pick-a-Pic's layout: the better picture shows what the caption says, the other one another colour."""
+
+    def encoded(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    captions = tiny.CAPTIONS[:8]
+    rows = []
+    for i, caption in enumerate(captions):
+        other = f"a {tiny.COLORS[(i // 2 + 3) % len(tiny.COLORS)]} {caption.split()[2]}"
+        better = [encoded(tiny.picture(text)) for text in (caption, other)]
+        first = i % 3 != 1
+        rows.append((*(better if first else better[::-1]), 0.5 if i == 7 else float(first), caption))
+    names = ("jpg_0", "jpg_1", "label_0", "caption")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    datasets.Dataset.from_dict({name: [row[i] for row in rows] for i, name in enumerate(names)}).to_parquet(path)
+    return str(path)
+
+
 @pytest.fixture
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    trains["sdxl"] and trains["video"] with theirs.
+    trains["sdxl"] and trains["video"] with theirs. trains["sd"].words(name, flag=value, ...) is its command line.
     """
 
     def trainer(kind):
-        def train(name="run", script=SCRIPTS[kind], model=None, data=None, **options):
+        def words(name="run", model=None, data=None, **options):
             if kind == "video":
                 base, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
                 model, options = model or base, {**clip, **options}
             model = model or request.getfixturevalue(kind)
             data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
-            run_main(script, flags(model, data, tmp_path / name, **options))
+            return flags(model, data, tmp_path / name, **options)
+
+        def train(name="run", script=EVERY[kind], **options):
+            run_main(script, words(name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script = tmp_path, SCRIPTS[kind]
+        train.directory, train.script, train.words = tmp_path, EVERY[kind], words
         return train
 
-    return {kind: trainer(kind) for kind in SCRIPTS}
+    return {kind: trainer(kind) for kind in EVERY}
 
 
 @pytest.fixture
@@ -94,3 +134,55 @@ def train(trains):
 def each(request, trains):
     """trains[...] of every script in turn; `each.script` is the module."""
     return trains[request.param]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """The module of every script in turn."""
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture
+def load(request):
+    """load(script, flag=value, ...) gives the args of a run and the models of the tiny pipeline that it is for."""
+
+    def loader(script, dtype=torch.float32, model=None, **options):
+        kind = next(name for name, module in EVERY.items() if module is script)
+        if kind == "video":
+            base, adapter = request.getfixturevalue("motion")
+            clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
+            model, options = model or base, {**clip, **options}
+        model = model or request.getfixturevalue(kind)
+        args = script.parse_args(flags(model, "unused", "unused", **options))
+        return args, script.load_models(args, dtype)
+
+    return loader
+
+
+@pytest.fixture
+def log(tmp_path):
+    """log() gives the lines that the scripts have logged so far, those of their loader processes included."""
+    path = tmp_path / "log.txt"
+    handler = logging.FileHandler(path)
+    loggers = [logging.getLogger(script.__name__) for script in SCRIPTS.values()]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lambda: path.read_text().splitlines()
+    for logger in loggers:
+        logger.removeHandler(handler)
+    handler.close()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """whole(train, flag=value, ...) is the run that nothing happened to, made once a script and set of flags."""
+    runs = {}
+
+    def make(train, **options):
+        key = train.script.__name__ + repr(sorted(options.items(), key=str))
+        if key not in runs:
+            path = train("whole", **options).path
+            runs[key] = Run(shutil.move(path, tmp_path_factory.mktemp("whole") / "run"))
+        return runs[key]
+
+    return make

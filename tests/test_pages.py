@@ -355,21 +355,6 @@ def test_what_is_said_of_curves_is_what_the_study_measured():
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def requirements(name):
-    lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines if line)
-
-
-def test_pins_are_the_same_everywhere():
-    pins = requirements("requirements.txt")
-    other = requirements("requirements-xformers.txt")
-    assert {name for name in pins | other if pins.get(name) != other.get(name)} == {"torch", "xformers"}
-    for script in ROOT.glob("train_sspo_*.py"):
-        header = dict(re.findall(r'^#     "([\w-]+)(.*)",$', script.read_text(), re.MULTILINE))
-        assert all(pins[name] == pin for name, pin in header.items() if name != "torch"), script.name
-        assert '# requires-python = ">=3.11"' in script.read_text()
-
-
 @pytest.mark.parametrize("target", sorted(make_targets() - {"clean"}))
 def test_what_make_would_run_exists(target):
     """`make help` names each target, and what its recipe calls is there."""

@@ -129,6 +129,7 @@ def test_the_oracle_switches_by_the_scorer_alone(monkeypatch, ssr, otherwise):
     monkeypatch.setattr(study.script, "decode_latents", lambda models, latents: (good, bad)[latents.item()])
     loss_of = study.script.sspo_loss
     monkeypatch.setattr(study.script, "sspo_loss", loss_of)
+    restored(monkeypatch, "draw_timesteps")
     notes = study.patch(study.Job("few", f"{ssr} by oracle", 0, {}))
     study.script.sample_rivals(None, None)
     errors = [torch.tensor([[a], [b]]) for a, b in ((0.3, 0.3), (0.1, 0.2), (0.5, 0.2), (0.2, 0.1))]
@@ -145,7 +146,7 @@ def test_the_switch_of_an_iteration_is_decided_by_its_updates_before(monkeypatch
     monkeypatch.setitem(study.COMMON, "replay_steps", 2)
     monkeypatch.setattr(study.script, "sample_rivals", lambda *_: torch.zeros(1))
     monkeypatch.setattr(study.script, "decode_latents", lambda *_: study.render("banana", 4_000_000))
-    monkeypatch.setattr(study.script, "sspo_loss", study.script.sspo_loss)
+    restored(monkeypatch, "sspo_loss", "draw_timesteps")
     study.patch(study.Job("few", "indicator, scope iteration", 0, {}))
     told = []
     for gap in (0.1, -0.3, -0.1, 0.2, 0.1, 0.1):
@@ -170,7 +171,8 @@ def short(monkeypatch):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     monkeypatch.setitem(study.ROWS, "short", study.Row(9, {"ssr": "sign", "ssr_scope": "iteration"}, updates=2))
-    restored(monkeypatch, "sample_rivals", "sspo_loss", "make_loader", "save_result", "training_loss")
+    names = ("sample_rivals", "sspo_loss", "draw_timesteps", "make_loader", "save_result", "training_loss")
+    restored(monkeypatch, *names)
     tuned = {"learning_rate": 1e-3, "rollout_guidance_scale": 1.0, "rollout_steps": 2}
     return study.Job("few", "short", 0, tuned)
 
@@ -198,7 +200,8 @@ def test_gradients_are_measured_half_way(short, monkeypatch):
 
     monkeypatch.setattr(gradients, "measure", seen_measure)
     told = gradients.half_way("few")
-    assert set(told) == {"sft, 1", "sft, 2", "sspo, 1", "sspo, 2"}
+    ways = ("1, independent", "2, independent", "2, spread")
+    assert set(told) == {f"{loss}, {way}" for loss in ("sft", "sspo") for way in ways}
     assert all(noise["fixed pairs"] != 0 for noise in told.values())
     rows = [[row for _, row in batch["keys"]] for batch in seen]
     assert len(rows) == 3 and len({row for batch in rows[:2] for row in batch}) == 16, (
@@ -211,7 +214,7 @@ def test_the_redrawn_reference_is_another_one_for_another_update(monkeypatch):
     """Of all that the iteration's bank holds, and the same in a run that is made again."""
     monkeypatch.setattr(study.script, "sample_rivals", lambda *_: torch.zeros(1))
     monkeypatch.setattr(study.script, "decode_latents", lambda *_: study.render("banana", 4_000_000))
-    monkeypatch.setattr(study.script, "sspo_loss", study.script.sspo_loss)
+    restored(monkeypatch, "sspo_loss", "draw_timesteps")
     monkeypatch.setattr(study.script.ReplayBank, "draw", study.script.ReplayBank.draw)
 
     def drawn(row, updates=30):

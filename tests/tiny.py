@@ -7,15 +7,27 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 COLORS = ["red", "green", "blue", "orange", "purple", "black", "brown", "pink"]
@@ -212,6 +224,65 @@ def animate_diff(directory, seed=0, layers=1):
             torch.nn.init.normal_(weight, std=0.2)
     adapter.save_pretrained(directory / "adapter")
     return base, str(directory / "adapter")
+
+
+def flux2(directory, seed=0):
+    """
+    Writes a pipeline of some 100,000 random weights in the layout of FLUX.2 [klein] base to `directory` and returns it
+    as a string. The VAE's statistics are no zeros and ones, and its text encoder has layers behind the last in use.
+    """
+    torch.manual_seed(seed)
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = Qwen2Tokenizer(vocab={word: i for i, word in enumerate([*bytes_to_unicode(), *marks])}, merges=[])
+    tokens.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=2,
+        sample_size=64,
+    )
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokens),
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=30,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=4,
+                max_position_embeddings=512,
+                initializer_range=0.5,
+                tie_word_embeddings=True,
+                pad_token_id=tokens.pad_token_id,
+            )
+        ),
+        tokenizer=tokens,
+        transformer=Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+    pipeline.save_pretrained(directory)
+    return str(directory)
 
 
 def moving_frames(caption, count=12, size=(72, 64)):

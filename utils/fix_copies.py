@@ -7,6 +7,7 @@ Without arguments every copy is rewritten; with --check nothing is written, and 
 
 import argparse
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -31,13 +32,20 @@ def definitions(source):
     return found
 
 
+@functools.cache
+def originals(path):
+    """The lines of a script, and where its definitions are."""
+    source = path.read_text()
+    return source.splitlines(), definitions(source)
+
+
 def original(module, name):
     """The lines of `name` in module.py. Ends the program if it is not there."""
-    source = (ROOT / f"{module}.py").read_text()
-    if name not in definitions(source):
+    lines, spans = originals(ROOT / f"{module}.py")
+    if name not in spans:
         sys.exit(f"{module}.py has no {name}: fix the mark '# Copied from {module}.{name}', or take it away")
-    first, last = definitions(source)[name]
-    return source.splitlines()[first:last]
+    first, last = spans[name]
+    return lines[first:last]
 
 
 def fixed(source):

@@ -21,6 +21,9 @@ obvious way   Time of the same update put together from stock parts, over ours: 
               pipeline, its picture to PIL and back through the VAE, a deep-copied reference, winner and rival in
               separate forwards. Once with the pipeline's own sampler, 50 guided steps, once with ours.
 draws         Cost of a draw of (timestep, noise) with --draws_per_pair n, over that with 1.
+rivals        What a pair costs with --rivals_per_winner, in two iterations of 30 updates of 16 pairs: forwards of the
+              UNet on one latent, counted, a backward taken as two; and the time of an update over that with no limit.
+              For 28, 280 and 2800 winners, on a UNet of a quarter of the width at 4 x 4 latents.
 rows          Time of an update (with a rollout of 2 steps, so that data weigh more) on 100 times as many winners.
 replay        Time of an update, its push and its reference's load (--replay_steps 1, full) with --replay_size 8 over
               1, and peak memory of a whole run of ten of them in a process of its own.
@@ -53,6 +56,7 @@ from unittest import mock
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices of image processors concern nothing here
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -327,9 +331,10 @@ def followed_by(twins, spent):
 def line_floor(bench):
     for mode in ("lora", "full"):
         for cached in (True, False):
-            # The first update warms up, the second is of the first iteration, the others of the second.
-            updates = 2 + bench.rounds(2 if cached else 1)
-            options = dict(train_mode=mode, cache_latents=cached, reference="latest", replay_steps=2)
+            # The first update warms up, the second counts for the first iteration; the third has a push and a load,
+            # which are no part of this line, and those behind it count for the second iteration.
+            updates = 3 + bench.rounds(2 if cached else 1)
+            options = dict(train_mode=mode, cache_latents=cached, reference="latest", replay_steps=3)
             args = script.parse_args(bench.flags(bench.folder, "unused", **options))
             twins = {"bare": bare_unet(args, adapters=False)}
             if mode == "lora":
@@ -341,7 +346,7 @@ def line_floor(bench):
                 {name: after[name] - before[name] for name in twins} for before, after in zip(run.notes, run.notes[1:])
             ]
             ours = [seconds - sum(twin.values()) for seconds, twin in zip(run.seconds, of_twins)]
-            for iteration, chosen in {"first": slice(1, 2), "second": slice(2, None)}.items():
+            for iteration, chosen in {"first": slice(1, 2), "second": slice(3, None)}.items():
                 if iteration == "first" and (mode == "full" or not cached):
                     continue
                 for name in twins:
@@ -433,6 +438,32 @@ def line_draws(bench):
         shares = [ratio / count for ratio in ratios(measured, times[0])]
         goal = ("<=", 0.5) if count == 4 else None
         bench.row("draws", f"cost a draw with {count}, over that with 1", shares, goal)
+
+
+def line_rivals(bench):
+    model, updates = bench.directory / "narrow", 4 if bench.quick else 60
+    write_model(model, width=20)
+    for winners in (28,) if bench.quick else (28, 280, 2800):
+        data, unlimited = bench.directory / f"winners-{winners}", None
+        write_rows(data, winners)
+        for kept in (None, 4, 1):
+            forwards = []
+
+            def count(module, inputs, forwards=forwards):
+                if isinstance(module, UNet2DConditionModel):
+                    forwards.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
+
+            options = dict(pretrained_model_name_or_path=model, train_batch_size=16, resolution=32)
+            options["replay_steps"] = updates // 2
+            hook = register_module_forward_pre_hook(count)
+            run = Run(bench, "rivals", updates, data, **options, **({"rivals_per_winner": kept} if kept else {}))
+            hook.remove()
+            seconds = sum(run.seconds)
+            unlimited = unlimited or seconds
+            what = f"{winners} winners, {kept or 'no limit of'} rivals each: forwards a pair, time"
+            print(
+                f"{'rivals':<12} {what:<58} {sum(forwards) / updates / 16:7.2f} {seconds / unlimited:.2f}", flush=True
+            )
 
 
 def line_rows(bench):

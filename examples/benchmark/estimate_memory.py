@@ -4,8 +4,8 @@ How much memory of an accelerator a run will need, computed without an accelerat
     python examples/benchmark/estimate_memory.py            # the table of docs/memory.md; some minutes
     python examples/benchmark/estimate_memory.py sdxl --mixed_precision fp16 --gradient_checkpointing
 
-The first word names the script (sd, sdxl, video); what follows are flags of that script. Its own functions run, from
-prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which have a
+The first word names the script (sd, sdxl, video, flux2); what follows are flags of that script. Its own functions run,
+from prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which have a
 shape and no contents. Every storage is counted from its allocation to its end.
 
 Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
@@ -31,11 +31,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNetMotionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
 
 GIB = 2**30
@@ -72,6 +80,19 @@ CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, n
 CLIP_G = dict(
     hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
 )
+
+KLEIN_4B = dict(
+    num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+)
+QWEN3_4B = dict(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+FAMILIES = (*UNETS, "flux2")
 
 BASE = "--mixed_precision fp16 --train_batch_size 1 --gradient_accumulation_steps 16"
 # The runs of the table: a heading, the script and the flags that they share, and the flags of each.
@@ -122,6 +143,28 @@ TABLE = [
             "--train_mode full --gradient_checkpointing",
             "--train_mode full --gradient_checkpointing --split_pairs",
             "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
+        ],
+    ),
+    (
+        "FLUX.2 [klein] base 4B, 512²",
+        "flux2 --mixed_precision bf16 --cache_latents --rollout_batch_size 4",
+        [
+            "",
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --rollout_batch_size 16",
+            "--train_mode full --gradient_checkpointing",
+            "--train_mode full --gradient_checkpointing --use_8bit_adam",
+        ],
+    ),
+    (
+        "FLUX.2 [klein] base 4B, 1024²",
+        "flux2 --mixed_precision bf16 --cache_latents --rollout_batch_size 4 --resolution 1024",
+        [
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --rollout_batch_size 1",
+            "--gradient_checkpointing --rollout_batch_size 1 --split_pairs",
+            "--train_mode full --gradient_checkpointing",
+            "--train_mode full --gradient_checkpointing --use_8bit_adam",
         ],
     ),
 ]
@@ -189,6 +232,18 @@ def build(kind, dtype, *inputs, **named):
 def build_models(family, script, args, dtype):
     """The Models of a script, in the precisions that its load_models gives them."""
     full = args.train_mode == "full"
+    if family == "flux2":
+        text_encoder = Qwen3Config(**QWEN3_4B, num_hidden_layers=script.TEXT_LAYERS)
+        vae = build(AutoencoderKLFlux2, torch.float32)
+        vae.enable_slicing()
+        return script.Models(
+            tokenizer=ChatTokenizer(),
+            text_encoder=build(Qwen3Model, dtype, text_encoder),
+            vae=vae,
+            denoiser=build(Flux2Transformer2DModel, torch.float32 if full else dtype, **KLEIN_4B),
+            noise_scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            timestep_shift=args.timestep_shift,
+        )
     parts = dict(tokenizer=tokenize, text_encoder=build(CLIPTextModel, dtype, CLIPTextConfig(**CLIP_L)))
     if family == "sdxl":
         second = build(CLIPTextModelWithProjection, dtype, CLIPTextConfig(**CLIP_G))
@@ -211,6 +266,17 @@ def tokenize(captions, **_):
 
 
 tokenize.model_max_length = 77
+
+
+class ChatTokenizer:
+    """What stands in for Qwen3's: 512 tokens, whatever the caption."""
+
+    def apply_chat_template(self, messages, **_):
+        return ""
+
+    def __call__(self, text, max_length, **_):
+        tokens = torch.zeros(1, max_length, dtype=torch.long)
+        return dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
 
 
 def make_examples(script, args):
@@ -293,19 +359,27 @@ def run(family, script, args, memory):
     accelerator = script.make_accelerator(args)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     models = build_models(family, script, args, dtype)
-    script.prepare_denoiser(models, args, accelerator.device)
+    script.prepare_denoiser(models, args, "cpu")
+    memory.peaks.clear()  # nothing is on the accelerator yet, and the encoders are the first
+    memory.parked = size(models.denoiser)
+    empty_prompt = script.encode_prompt(models, [""])[0]
+    prompts = script.encode_prompt(models, args.validation_prompts)
+    cached = script.encode_examples(models, make_examples(script, args)) if args.cache_latents else None
+    encoders = sum(map(size, models.encoders))
+    memory.parked = encoders if cached else 0
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
     optimizer, schedule = script.make_optimizer(trained, args)
     for group in optimizer.param_groups:
         group["foreach"] = True  # as on a GPU
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
     optimizer.step = memory.during("step", optimizer.step)
-    empty_prompt = script.encode_prompt(models, [""])[0]
-    prompts = script.encode_prompt(models, args.validation_prompts)
-    script.draw_samples(models, prompts, empty_prompt, args, accelerator)  # of the base
-    cached = script.encode_examples(models, make_examples(script, args)) if args.cache_latents else None
-    if cached:
-        memory.parked = sum(map(size, models.encoders))
+
+    def validate():
+        memory.parked -= size(models.vae) if cached else 0  # it comes back for that time
+        script.draw_samples(models, prompts, empty_prompt, args, accelerator)
+        memory.parked = encoders if cached else 0
+
+    validate()  # of the base
     if args.loss_type == "sspo":
         weights = script.policy_weights(models, args)
         script.load_reference(models, {name: weight.clone() for name, weight in weights.items()}, args)
@@ -326,11 +400,9 @@ def run(family, script, args, memory):
         batch = script.collate(examples, empty_prompt, args, accelerator.device)
         batch["rival"] = rivals
         memory.during("update", learn)(script, policy, models, optimizer, trained, batch, args, accelerator)
-    weights = size(models.denoiser) + sum(map(size, models.encoders)) - memory.parked
-    if cached:
-        memory.parked -= size(models.vae)  # the validation takes it back
+    weights = size(models.denoiser) + encoders - memory.parked
     del batch, examples
-    script.draw_samples(models, prompts, empty_prompt, args, accelerator)
+    validate()
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return {
         "weights": weights + sum(weight.nbytes for weight in models.reference.values()),
@@ -359,7 +431,7 @@ def estimate(family, words):
     The memory that a run needs.
 
     Args:
-        family: sd, sdxl or video.
+        family: sd, sdxl, video or flux2.
         words: a list of that script's flags; the names of models and data may be left out.
     Returns:
         dict of bytes: the lasting parts weights, gradients and optimizer; the peaks encode, sample, update, step and
@@ -414,7 +486,7 @@ def print_table():
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print_table()
-    elif sys.argv[1] in UNETS:
+    elif sys.argv[1] in FAMILIES:
         print_run(sys.argv[1], sys.argv[2:])
     else:
-        sys.exit(f"the first word must be one of {', '.join(UNETS)}, not {sys.argv[1]}; then that script's flags")
+        sys.exit(f"the first word must be one of {', '.join(FAMILIES)}, not {sys.argv[1]}; then that script's flags")

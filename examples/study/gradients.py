@@ -2,7 +2,8 @@
 
 A run of "none, rival 0.3" on the first base is stopped half way. There, with its weights and its reference, the
 gradient is taken for many batches of pairs, with two independent sets of draws for each batch. What differs within a
-batch comes from the draws; what differs between batches, from the pairs too.
+batch comes from the draws; what differs between batches, from the pairs too. The timesteps of a pair's draws are
+independent, as in the study's runs, or spread over the schedule, as in the script now.
 
     python examples/study/gradients.py  # writes gradients.json, from which report.py makes its table
 """
@@ -11,6 +12,7 @@ batch comes from the draws; what differs between batches, from the pairs too.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -56,12 +58,14 @@ def measure(policy, models, batches, args, autocast):
         loss, _ = script.training_loss(policy, models, batch, other, autocast)
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
 
-    told = {}
-    for loss_type in ("sft", "sspo"):
-        for draws in DRAWS:
-            pairs = [[gradient(batch, loss_type, draws, seed) for seed in (1001, 1002)] for batch in batches]
-            told[f"{loss_type}, {draws}"] = noise_to_signal(torch.stack([torch.stack(two) for two in pairs]))
-            print(loss_type, draws, told[f"{loss_type}, {draws}"], flush=True)
+    told, ways = {}, {"independent": study.independent_timesteps, "spread": script.draw_timesteps}
+    for loss_type, draws, way in itertools.product(("sft", "sspo"), DRAWS, ways):
+        if draws > 1 or way == "independent":  # one draw is the same in both
+            with mock.patch.object(script, "draw_timesteps", ways[way]):
+                pairs = [[gradient(batch, loss_type, draws, seed) for seed in (1001, 1002)] for batch in batches]
+            name = f"{loss_type}, {draws}, {way}"
+            told[name] = noise_to_signal(torch.stack([torch.stack(two) for two in pairs]))
+            print(name, told[name], flush=True)
     return told
 
 

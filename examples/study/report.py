@@ -354,7 +354,7 @@ def rates_table(folder):
 def gradients_table(path):
     """The noise of the gradient against the draws."""
     told = json.loads(Path(path).read_text()) if Path(path).exists() else {}  # it is measured last
-    head = ["regime", "loss", "draws", "noise over draws, pairs fixed", "over pairs and draws"]
+    head = ["regime", "loss", "draws", "timesteps", "noise over draws, pairs fixed", "over pairs and draws"]
     lines = [
         [regime, *name.split(", "), number(noise["fixed pairs"], 1), number(noise["all"], 1)]
         for regime, measured in told.items()

@@ -345,7 +345,7 @@ def patch(job):
     """
     Patches the script, in the process of this run: the scorer judges every rival, and what a row wants that no flag
     of the script can do is done: a switch by that verdict, by a coin or by the iteration, a reference for each update,
-    a safeguard.
+    a safeguard. A pair's timesteps are drawn as they were when the runs were made.
 
     Returns:
         notes, filled as the run goes: for each update the share of rivals that are clean (rivals/clean), that of
@@ -401,7 +401,7 @@ def patch(job):
         generator = script.keyed_generator("reference of an update", bank.seed, update)
         return live[torch.randint(len(live), (), generator=generator).item()]
 
-    script.sample_rivals, script.sspo_loss = judged_rivals, switched_loss
+    script.sample_rivals, script.sspo_loss, script.draw_timesteps = judged_rivals, switched_loss, independent_timesteps
     if row.redrawn:
         script.ReplayBank.draw = drawn_each_update
     return notes
@@ -426,6 +426,11 @@ def time_the_loop(notes):
         save_result(*given, **named)
 
     script.make_loader, script.save_result = timed_loader, timed_result
+
+
+def independent_timesteps(models, generator, draws):
+    """Several timesteps of a pair, each drawn by itself. The script spreads them over the schedule."""
+    return torch.randint(models.noise_scheduler.config.num_train_timesteps, (draws,), generator=generator)
 
 
 def safeguarded(loss, policy_winner, policy_rival, parameters):

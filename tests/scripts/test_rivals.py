@@ -1,38 +1,13 @@
 """Where rivals come from: the data's own losers, or samples that are used again."""
 
-import io
 import math
 
-import datasets
 import pytest
-import tiny
 import torch
 from helpers import SCRIPTS, assert_same_but_for_rounding, assert_same_result, flags, resumed
 from safetensors.torch import load_file
 
 import train_sspo_sd as script
-
-
-def encoded(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Pick-a-Pic's layout: the better picture shows what the caption says, the other one another colour."""
-    captions = tiny.CAPTIONS[:8]
-    rows = []
-    for i, caption in enumerate(captions):
-        other = f"a {tiny.COLORS[(i // 2 + 3) % len(tiny.COLORS)]} {caption.split()[2]}"
-        better = [encoded(tiny.picture(text)) for text in (caption, other)]
-        first = i % 3 != 1
-        rows.append((*(better if first else better[::-1]), 0.5 if i == 7 else float(first), caption))
-    names = ("jpg_0", "jpg_1", "label_0", "caption")
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
-    datasets.Dataset.from_dict({name: [row[i] for row in rows] for i, name in enumerate(names)}).to_parquet(path)
-    return str(path)
 
 
 GIVEN = dict(rivals="given", reference="initial", ssr="none", max_train_steps=3, random_flip=True, center_crop=None)

@@ -5,37 +5,33 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run, flags
-from test_training import LAYOUT, assert_same_but_for_rounding, assert_same_result
+from faults import run_of_two
+from helpers import (
+    ENVIRONMENT,
+    LAYOUT,
+    ROOT,
+    Run,
+    assert_same_but_for_rounding,
+    assert_same_result,
+    forget_result,
+    launch,
+    start,
+    updates,
+    wait_for,
+)
 
 
-SCRIPT = ROOT / "train_sspo_sd.py"
-ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def launch(words, processes=1):
-    """Starts the script by `accelerate launch`; two processes talk through gloo."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if processes > 1:
-        command += ["--multi_gpu", "--main_process_port", "0"]  # a free one: tests run side by side
-    command = [str(word) for word in [*command, SCRIPT, *words]]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_two_processes_make_the_same_run(train, sd, winners, tmp_path):
+def test_two_processes_make_the_same_run(train, tmp_path):
     """2 x 2 pairs equal 1 x 4: losses, references and weights; the data order, draws and rivals too, then."""
     options = dict(LAYOUT, checkpointing_steps=3)
-    two = tmp_path / "two"
-    words = flags(sd, winners, two, train_batch_size=2, validation_prompts=["a red circle"], **options)
+    words = train.words("two", train_batch_size=2, validation_prompts=["a red circle"], **options)
     process = launch(words, processes=2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    one, two = train("one", train_batch_size=4, **options), Run(two)
+    one, two = train("one", train_batch_size=4, **options), Run(tmp_path / "two")
     assert_same_but_for_rounding(one, two)
     assert (two.path / "checkpoint-3" / "random_states_1.pkl").is_file(), "every process took part in the checkpoint"
     assert (two.path / "samples" / "step-6.png").is_file()
@@ -45,12 +41,44 @@ def test_two_processes_make_the_same_run(train, sd, winners, tmp_path):
     assert_same_but_for_rounding(one, train("two", **options))
 
 
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("sd", dict(train_mode="full", cache_latents=True)),
+        ("sd", dict(split_pairs=True)),
+        ("sd", dict(split_pairs=True, gradient_accumulation_steps=2, train_batch_size=1)),
+        ("sdxl", dict()),
+        ("sdxl", dict(split_pairs=True, train_mode="full")),
+        ("video", dict(split_pairs=True)),
+        ("video", dict(train_mode="full", gradient_checkpointing=True)),
+    ],
+)
+def test_two_processes_are_one(trains, kind, options):
+    """
+    The global batch of one process, with both halves of its pairs together, whichever way two processes go about it.
+
+    --split_pairs sends the rivals through the policy that data parallel wrapped, and the winners past it.
+    """
+    train, options = trains[kind], {**LAYOUT, "train_batch_size": 2, **options}
+    alone = dict(train_batch_size=4, gradient_accumulation_steps=1, split_pairs=False)
+    assert_same_but_for_rounding(train("one", **{**options, **alone}), run_of_two(train, "two", **options))
+
+
+def test_a_run_may_be_resumed_on_more_processes(train):
+    options = dict(LAYOUT, checkpointing_steps=3)
+    one = train("one", train_batch_size=4, **options)
+    forget_result(train("two", train_batch_size=4, **{**options, "max_train_steps": 3}))
+    two = run_of_two(train, "two", train_batch_size=2, resume_from_checkpoint="latest", **options)
+    assert_same_but_for_rounding(one, two)
+
+
 def recipe(rank, *words, **variables):
-    """Starts examples/launch.sh on one machine of several."""
+    """Starts launch.sh on one machine of several."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**ENVIRONMENT, "PATH": path, "RANK": rank, **variables}
+    (script,) = (ROOT / "examples").rglob("launch.sh")
     return subprocess.Popen(
-        [str(word) for word in [ROOT / "examples" / "launch.sh", *words]],
+        [str(word) for word in [script, *words]],
         env={name: str(value) for name, value in environment.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,7 +87,7 @@ def recipe(rank, *words, **variables):
 
 
 def test_two_machines_make_the_run_of_one(train, sd, winners, tmp_path):
-    """The paper's recipe and --split_pairs, as examples/launch.sh starts them on each machine; here both are this."""
+    """The paper's recipe and --split_pairs, as launch.sh starts them on each machine; here both are this one."""
     short = dict(max_train_steps=4, replay_steps=2, rollout_steps=2, resolution=64, report_to="none")
     words = [word for name, value in short.items() for word in (f"--{name}", value)]
     with socket.socket() as free:
@@ -88,33 +116,16 @@ def test_recipe_that_does_not_divide_is_refused(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def wait_for_updates(run, count, process):
-    """Waits until metrics.jsonl has `count` lines."""
-    for _ in range(1200):
-        if (run.path / "metrics.jsonl").exists() and len(
-            (run.path / "metrics.jsonl").read_text().splitlines()
-        ) >= count:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    pytest.fail("the run does not move")
-
-
-def start(sd, winners, output, **options):
-    command = [sys.executable, SCRIPT, *flags(sd, winners, output, **options)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_stopped_run_goes_on_as_if_never_stopped(train, sd, winners, tmp_path, number):
+def test_stopped_run_is_resumed_as_if_never_stopped(train, number):
     """SIGTERM and SIGINT save a checkpoint first; after SIGKILL the last one serves."""
     options = dict(max_train_steps=400, checkpointing_steps=5, replay_size=3, checkpoints_total_limit=2)
-    run = Run(tmp_path / "stopped")
-    process = start(sd, winners, run.path, **options)
-    wait_for_updates(run, 8, process)
+    run = Run(train.directory / "stopped")
+    process = start(train, "stopped", **options)
+    wait_for(lambda: updates(run) >= 8, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    stopped_at = len((run.path / "metrics.jsonl").read_text().splitlines())
+    stopped_at = updates(run)
     assert stopped_at < 400
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
@@ -122,10 +133,10 @@ def test_stopped_run_goes_on_as_if_never_stopped(train, sd, winners, tmp_path, n
         assert process.returncode == 128 + number
         assert (run.path / f"checkpoint-{stopped_at}").is_dir()
         assert "Traceback" not in output
+        assert f"--resume_from_checkpoint latest goes on from update {stopped_at}." in output
     assert not (run.path / "pytorch_lora_weights.safetensors").exists()
 
     options["max_train_steps"] = stopped_at + 4
     again = train("stopped", resume_from_checkpoint="latest", **options)
-    whole = train("whole", **options)
     assert [line["step"] for line in again.metrics] == list(range(1, stopped_at + 5))
-    assert_same_result(whole, again)
+    assert_same_result(train("whole", **options), again)

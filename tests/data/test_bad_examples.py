@@ -1,8 +1,10 @@
 """Winners that are damaged, odd or hostile: each is trained on correctly, or named; none is dropped in silence."""
 
+import contextlib
 import io
 import itertools
 import json
+import logging
 import re
 import struct
 import tempfile
@@ -14,15 +16,14 @@ import datasets
 import numpy as np
 import pytest
 import tiny
-from conftest import flags
+import torch
+from helpers import SCRIPTS, assert_same_result, open_winners, resumed, served
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_training import assert_same_result
-
-import train_sspo_sd as script
 
 
+script = SCRIPTS["sd"]
 PICTURE = tiny.picture("a red circle")
 
 
@@ -96,46 +97,40 @@ def write_table(folder, rows):
     return folder
 
 
-def open_winners(folder, cache, **options):
-    words = flags("unused", folder, cache / "out", cache_dir=cache, resolution=16, **options)
-    return script.Winners(script.parse_args(words))
-
-
-def one_epoch(winners, count, **options):
-    """The first `count` examples, which is an epoch, in the order of the places."""
-    stream = script.WinnerStream(winners, winners.load, 1, **options)
-    return [examples[0] for examples, _ in itertools.islice(stream.micro_batches(), count)]
-
-
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_kind_of_picture_and_caption_is_served_or_named(tmp_path, streaming):
+def test_every_kind_of_picture_and_caption_is_served_or_named(tmp_path, log, streaming):
     """All of the tables at once: the good look like the drawing, the bad are named with their file."""
     rows = [(kind, "a red circle") for kind in [*GOOD_PICTURES, *BAD_PICTURES]]
     rows += [("plain", caption) for caption in [*GOOD_CAPTIONS, None]]
-    folder = write_folder(tmp_path / "data", rows)
-    winners = open_winners(folder, tmp_path, streaming=streaming, on_bad_example="skip", center_crop=True)
-    examples = {(e["epoch"], e["row"]): e for e in one_epoch(winners, len(rows))}
-    plain = script.crop_picture(PICTURE, winners.args, script.keyed_generator("x"))[0]
-    # A stream's place is no row of the file: there a caption or a file's name tells what was served.
-    reasons = [e["skipped"] for e in examples.values() if "skipped" in e]
-    named = sorted(re.search(r"(\d+\.png in row|column text)", reason)[1] for reason in reasons)
+    folder, options = write_folder(tmp_path / "data", rows), dict(resolution=16, on_bad_example="skip")
+    winners = open_winners(script, tmp_path, folder, streaming=streaming, **options)
+    good = [(kind, caption) for kind, caption in rows if kind in GOOD_PICTURES and caption is not None]
+    examples = served(winners, len(good) + 1)
+    assert [example["epoch"] for example in examples] == [0] * len(good) + [1]
+    assert Counter(example["caption"] for example in examples[:-1]) == Counter(caption for _, caption in good)
+    # A stream's place is no row of the file: there a caption or a file's name tells what was named.
+    reasons = [line for line in log() if line.startswith("Skipped: ")]
     bad = [f"{i}.png in row" for i, (kind, _) in enumerate(rows) if kind in BAD_PICTURES]
-    assert named == sorted([*bad, "column text"])
-    served = Counter(e["caption"] for e in examples.values() if "skipped" not in e)
-    assert served == Counter(caption for kind, caption in rows if kind in GOOD_PICTURES and caption is not None)
+    assert sorted(re.search(r"(\d+\.png in row|column text)", reason)[1] for reason in reasons) == sorted(
+        [*bad, "column text"]
+    )
     if not streaming:
+        plain = script.crop_picture(PICTURE, winners.args, script.keyed_generator("x"))[0]
+        pixels = {example["row"]: example["pixels"] for example in examples}
         for i in (0, 3, 4, 6, 8):
-            assert (examples[0, i]["pixels"] - plain).abs().max() < 0.3, rows[i]
-        assert examples[0, 7]["pixels"].mean() == pytest.approx(0x80 / 127.5 - 1, abs=0.01), "16 bits"
+            assert (pixels[i] - plain).abs().max() < 0.3, rows[i]
+        assert pixels[7].mean() == pytest.approx(0x80 / 127.5 - 1, abs=0.01), "16 bits"
 
 
 @pytest.mark.parametrize("captions", [[["one", "two"]] * 2, [["one"], []], [["one"], [None]], [["one"], None]])
-def test_lists_of_captions(tmp_path, captions):
+def test_lists_of_captions(tmp_path, log, captions):
     datasets.Dataset.from_dict({"image": [PNG] * 2, "text": captions}).save_to_disk(tmp_path / "data")
-    winners = open_winners(tmp_path / "data", tmp_path, on_bad_example="skip")
-    skipped = [example["skipped"] for example in one_epoch(winners, 2) if "skipped" in example]
-    assert len(skipped) == (captions[1] in ([], [None], None))
-    assert all("the caption in row 1" in reason for reason in skipped)
+    winners = open_winners(script, tmp_path, tmp_path / "data", on_bad_example="skip")
+    bad = captions[1] in ([], [None], None)
+    rows = [example["row"] for example in served(winners, 4)]
+    assert sorted(rows[:2]) == ([0, 0] if bad else [0, 1])
+    assert len(log()) == bad
+    assert all("the caption in row 1, column text, is " in line for line in log())
 
 
 rows_of_a_folder = st.lists(
@@ -150,39 +145,56 @@ rows_of_a_folder = st.lists(
 )
 
 
+@contextlib.contextmanager
+def named():
+    """Collects the warnings about examples that were skipped."""
+    messages, handler, logger = [], logging.Handler(), logging.getLogger(script.__name__)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=rows_of_a_folder, streaming=st.booleans(), world=st.sampled_from([1, 2, 3]))
 @example(rows=[("plain", "one row")], streaming=False, world=3)
 @example(rows=[("nothing", "one row")], streaming=True, world=1)
 def test_any_mixture_is_served_or_named(rows, streaming, world):
     """
-    Whatever the rows are: with `skip` each is served in its place or named, by one process; a stand-in has the key of
-    the place it stands in. With `stop` the run stops where a row is bad, and only there. Nothing but UserError comes.
+    Whatever the rows are: with `skip` the good come in their order, each under its own key, on any number of
+    processes, and the bad are named, each once, by one process. With `stop` the run stops where a row is bad, and only
+    there. Nothing but UserError comes.
     """
     bad = [kind in BAD_PICTURES or caption is None for kind, caption in rows]
     with tempfile.TemporaryDirectory() as directory:
         folder = write_table(Path(directory, "data"), rows)
-        winners = open_winners(folder, Path(directory), streaming=streaming, on_bad_example="skip")
-        ranks = [script.WinnerStream(winners, winners.load, 1, rank, world) for rank in range(world)]
+        options = dict(streaming=streaming, resolution=16, train_batch_size=1, on_bad_example="skip")
+        winners = open_winners(script, Path(directory), folder, **options)
         if all(bad):
-            for stream in ranks:
-                with pytest.raises(script.UserError, match="no winner can be read in a whole epoch"):
-                    next(stream.micro_batches())
+            for rank in range(world):
+                with pytest.raises(script.UserError, match="no winner can be used in a whole epoch"):
+                    served(winners, 1, rank=rank, world=world)
             return
-        batches = [itertools.islice(stream.micro_batches(), len(rows)) for stream in ranks]
-        examples = [examples[0] for turn in zip(*batches) for examples, _ in turn]
-        for epoch in range(world):
-            places = examples[epoch * len(rows) : (epoch + 1) * len(rows)]
-            assert sorted((e["epoch"], e["row"]) for e in places) == [(epoch, row) for row in range(len(rows))]
-            assert sum("skipped" in e for e in places) == sum(bad)
-            assert len({e["skipped"] for e in places if "skipped" in e}) == sum(bad)
+        expected = []
+        for epoch in range(2 * world + 1):
+            for row, row_read in winners.rows(epoch, 0):
+                row_read = winners.dataset[row] if row_read is None else row_read
+                if not bad[int(row_read["image"]["path"].removesuffix(".png"))]:
+                    expected.append((epoch, row, row_read["text"]))
+        with named() as messages:
+            ranks = [served(winners, bad.count(False) + 1, rank=rank, world=world) for rank in range(world)]
+        together = [(e["epoch"], e["row"], e["caption"]) for turn in zip(*ranks) for e in turn]
+        assert together == expected[: len(together)]
+        assert len(messages) == len(set(messages)) == sum(bad), "an epoch has ended"
         winners.args.on_bad_example = "stop"
-        stream = script.WinnerStream(winners, winners.load, len(rows)).micro_batches()
         if any(bad):
-            with pytest.raises(script.UserError, match="--on_bad_example skip"):
-                next(stream)
+            with pytest.raises(script.BadExample):
+                served(winners, len(rows))
         else:
-            next(stream)
+            assert len(served(winners, len(rows))) == len(rows)
+
+
+BAD = {1, 2, 4}  # rows of `damaged`
 
 
 @pytest.fixture
@@ -197,76 +209,72 @@ def damaged(tmp_path):
     return folder
 
 
-def test_a_stand_in_is_the_next_of_the_order_and_keeps_the_key_of_its_place(tmp_path, damaged):
-    winners = open_winners(damaged, tmp_path, on_bad_example="skip", random_flip=True)
-    order = [row for row, _ in winners.rows(0)] + [row for row, _ in winners.rows(1)]
-    bad = {1, 2, 4}
-    captions = winners.dataset["text"]
-    for i, served in enumerate(one_epoch(winners, 16)):
-        epoch, row = i // 8, order[i]
-        assert (served["epoch"], served["row"]) == (epoch, row)
-        ahead = [r for r in [*order, *(row for row, _ in winners.rows(2))][i:] if r not in bad]
-        expected = winners.load(ahead[0], ahead[0], (epoch, row))
-        assert served["caption"] == captions[ahead[0]]
-        assert (served["pixels"] == expected["pixels"]).all() and served["dropped"] == expected["dropped"]
-        assert ("skipped" in served) == (row in bad)
+def test_skipping_changes_no_other_draw(tmp_path, damaged):
+    """What is served has its place in the order, and its own key: crop, flip and caption are as without the bad."""
+    options = dict(random_flip=True, center_crop=False, on_bad_example="skip")
+    winners = open_winners(script, tmp_path, damaged, **options)
+    order = [(epoch, row) for epoch in (0, 1) for row, _ in winners.rows(epoch, 0) if row not in BAD]
+    for key, ours in zip(order, served(winners, 2 * (8 - len(BAD))), strict=True):
+        assert (ours["epoch"], ours["row"]) == key
+        assert torch.equal(ours["pixels"], winners.load(*key)["pixels"])
+        assert ours["caption"] == winners.dataset["text"][ours["row"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_stream_with_bad_rows_goes_on_from_any_cursor(tmp_path, damaged, streaming):
-    winners = open_winners(damaged, tmp_path, on_bad_example="skip", streaming=streaming)
-    batches = list(itertools.islice(script.WinnerStream(winners, winners.load, 3).micro_batches(), 6))
+def test_a_stream_with_bad_rows_resumes_at_any_cursor(tmp_path, damaged, streaming):
+    options = dict(on_bad_example="skip", streaming=streaming, train_batch_size=3)
+    winners = open_winners(script, tmp_path, damaged, **options)
+    batches = list(itertools.islice(script.WinnerStream(winners.load, winners, winners.args), 6))
     for i in range(5):
-        again = script.WinnerStream(winners, winners.load, 3, cursor=batches[i][1]).micro_batches()
+        again = script.WinnerStream(winners.load, winners, winners.args, cursor=batches[i][1])
         for (ours, cursor), (theirs, expected) in zip(again, batches[i + 1 :]):
             assert cursor == expected
             for one, other in zip(ours, theirs):
-                assert (one["row"], one["caption"]) == (other["row"], other["caption"])
-                assert (one["pixels"] == other["pixels"]).all()
+                assert (one["epoch"], one["row"], one["caption"]) == (other["epoch"], other["row"], other["caption"])
+                assert torch.equal(one["pixels"], other["pixels"])
 
 
 SKIP = dict(on_bad_example="skip", max_train_steps=5, train_batch_size=4, proportion_empty_prompts=0.3)
 
 
-def skipping(train, damaged, name, caplog, **options):
-    """A run over the damaged folder; the warnings about it are counted."""
-    caplog.clear()
-    run = train(name, data=damaged, **{**SKIP, **options})
-    return run, [record.message for record in caplog.records if "Skipped: " in record.message]
-
-
-def test_a_run_skips_bad_rows_counts_them_and_names_each_once(train, damaged, caplog):
-    run, warnings = skipping(train, damaged, "run", caplog)
-    assert len(warnings) == len(set(warnings)) == 3
-    assert {tuple(re.findall(r"row (\d)", warning)) for warning in warnings} == {("1",), ("2",), ("4",)}
-    assert [a + b for a, b in zip(run.column("data/skipped")[::2], run.column("data/skipped")[1::2])] == [3, 3], (
-        "an epoch is two updates"
-    )
+def test_a_run_skips_bad_rows_and_names_each_once(train, damaged, log):
+    """However its batches are laid out, loaded and kept."""
+    run, seen = train("run", data=damaged, **SKIP), len(log())
+    warnings = [line for line in log() if "Skipped: " in line]
+    assert sorted(re.search(r"row (\d)", line)[1] for line in warnings) == ["1", "2", "4"]
     for name, options in {
         "accumulated": dict(train_batch_size=1, gradient_accumulation_steps=4, rollout_batch_size=2),
         "workers": dict(dataloader_num_workers=2),
         "cached": dict(cache_latents=True),
+        "cached by workers": dict(cache_latents=True, dataloader_num_workers=1),
     }.items():
-        other, warned = skipping(train, damaged, name, caplog, **options)
-        assert other.column("data/skipped") == run.column("data/skipped"), name
+        other = train(name, data=damaged, **{**SKIP, **options})
         assert other.column("mse/policy_winner") == pytest.approx(run.column("mse/policy_winner"), rel=1e-5), name
-        assert sorted(warned) == sorted(warnings), name
+        assert sorted(line for line in log()[seen:] if "Skipped: " in line) == sorted(warnings), name
+        seen = len(log())
 
 
 @pytest.mark.parametrize("options", [dict(), dict(cache_latents=True), dict(streaming=True)])
 def test_a_run_with_bad_rows_resumes_exactly(train, damaged, options):
-    """From `stop`, too: the way to go on where a bad row has stopped a run."""
-    options = dict(SKIP, data=damaged, checkpointing_steps=3, **options)
-    whole = train("whole", **options)
-    train("parts", **{**options, "max_train_steps": 3})
-    (whole.path.parent / "parts" / "pytorch_lora_weights.safetensors").unlink()
-    assert_same_result(whole, train("parts", resume_from_checkpoint="latest", **options))
+    options = dict(SKIP, data=damaged, **options)
+    whole = train("whole", checkpointing_steps=3, **options)
+    assert_same_result(whole, resumed(train, whole, 3, **options))
+
+
+def test_a_run_that_a_bad_row_stopped_is_resumed_without_it(train, damaged):
+    """It ends as if it had skipped from the start."""
+    options = {**SKIP, "train_batch_size": 1, "checkpointing_steps": 1}
+    whole = train("whole", data=damaged, **options)
+    with pytest.raises(script.BadExample):
+        train("stopped", data=damaged, **{**options, "on_bad_example": "stop"})
+    assert list((train.directory / "stopped").glob("checkpoint-*")), "it came to some updates"
+    assert_same_result(whole, train("stopped", data=damaged, resume_from_checkpoint="latest", **options))
 
 
 def test_a_set_that_is_all_bad_stops_the_run(train, tmp_path):
     folder = write_folder(tmp_path / "data", [("nothing", "a"), ("truncated", "b"), ("no file", "c")])
     for cached in (False, True):
-        with pytest.raises(script.UserError, match="no winner can be read in a whole epoch, .* row") as error:
+        with pytest.raises(script.UserError, match="no winner can be used in a whole epoch") as error:
             train(data=folder, on_bad_example="skip", cache_latents=cached)
         assert "\n" not in str(error.value)
 
@@ -279,21 +287,23 @@ def test_file_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     line = json.dumps({"file_name": name, "text": "secret"})
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n' + line + "\n")
     for streaming in (False, True):
-        with pytest.raises(script.UserError, match=re.escape(name)):
-            winners = open_winners(folder, tmp_path / str(streaming), streaming=streaming, on_bad_example="skip")
-            one_epoch(winners, 2)
+        with pytest.raises(script.UserError, match=re.escape(name)) as error:
+            winners = open_winners(script, tmp_path, folder, streaming=streaming, on_bad_example="skip")
+            served(winners, 2)
+        assert "\n" not in str(error.value)
 
 
-def test_a_file_may_be_named_twice(tmp_path):
+def test_a_file_may_be_named_twice_but_must_be_named(tmp_path):
     folder = write_folder(tmp_path / "data", [("plain", "a"), ("plain", "b")])
     (folder / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": "0.png", "text": text}) for text in ("one", "two"))
     )
-    assert {example["caption"] for example in one_epoch(open_winners(folder, tmp_path), 2)} == {"one", "two"}
+    examples = served(open_winners(script, tmp_path, folder), 2)
+    assert {example["caption"] for example in examples} == {"one", "two"}
     folder = write_folder(tmp_path / "nameless", [("plain", "a")])
     (folder / "metadata.jsonl").write_text('{"text": "no name"}\n')
     with pytest.raises(script.UserError, match="cannot be opened: .*file_name"):
-        open_winners(folder, tmp_path)
+        open_winners(script, tmp_path, folder)
 
 
 def test_one_row_and_a_batch_that_is_larger(train, tmp_path):
@@ -301,5 +311,3 @@ def test_one_row_and_a_batch_that_is_larger(train, tmp_path):
     folder = write_folder(tmp_path / "data", [("plain", "a red circle")])
     run = train(data=folder, train_batch_size=3, max_train_steps=2)
     assert len(set(run.column("mse/policy_winner"))) == 2
-    examples = one_epoch(open_winners(folder, tmp_path, train_batch_size=3), 4)
-    assert [(example["epoch"], example["row"]) for example in examples] == [(i, 0) for i in range(4)]

@@ -1,0 +1,239 @@
+"""Every form in which winners may come: pictures, read by train_sspo_sd.py, and clips, read by train_sspo_video.py."""
+
+import io
+import shutil
+import tarfile
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import SCRIPTS, open_winners, served
+from PIL import Image
+
+
+COUNT = 6
+CAPTIONS = tiny.CAPTIONS[:COUNT]
+COMMON = ["jsonl", "csv", "save_to_disk", "save_to_disk dict", "parquet file", "parquet folder", "arrow", "bytes"]
+FORMS = [("sd", form) for form in [*COMMON, "webdataset", "pairs"]]
+FORMS += [("video", form) for form in [*COMMON, "webdataset", "magictime", "magictime file"]]
+
+
+def encoded(kind, caption):
+    """The bytes of a drawing or a clip of what the caption says."""
+    file = io.BytesIO()
+    if kind == "sd":
+        tiny.picture(caption).save(file, "PNG")
+    else:
+        tiny.write_clip(file, tiny.moving_frames(caption))
+    return file.getvalue()
+
+
+def as_table(kind):
+    """The winners as a data set that knows that they are pictures or clips."""
+    name, feature = ("image", datasets.Image) if kind == "sd" else ("video", datasets.Video)
+    content = [{"bytes": encoded(kind, caption), "path": None} for caption in CAPTIONS]
+    features = datasets.Features({name: feature(decode=False), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict({name: content, "text": CAPTIONS}, features).cast_column(name, feature())
+
+
+def as_pairs():
+    """Pick-a-Pic's layout: the winner is jpg_0, then jpg_1, ...; every third pair is a tie, one has no label."""
+    grey, rows = io.BytesIO(), []
+    Image.new("RGB", (64, 64), "grey").save(grey, "PNG")
+    for i, caption in enumerate(CAPTIONS):
+        good, bad = encoded("sd", caption), grey.getvalue()
+        rows.append({"jpg_0": good, "jpg_1": bad, "label_0": 1.0} if i % 2 else {"jpg_0": bad, "jpg_1": good})
+        rows[-1] = {"label_0": 0.0, "label_1": 1.0, "has_label": True, "caption": caption, **rows[-1]}
+        if i % 2:
+            rows.append({**rows[-1], "label_0": 0.5})
+    rows.append({**rows[-1], "label_0": 1.0, "has_label": False})
+    return datasets.Dataset.from_list(rows)
+
+
+def make(kind, form, directory):
+    """Writes the winners in the given form and returns the flags that name them."""
+    directory.mkdir(parents=True)
+    place = directory / "data"
+    if form in ("jsonl", "csv", "magictime", "magictime file"):
+        metadata = form.split()[0]
+        folder = tiny.folder_of_winners if kind == "sd" else tiny.folder_of_clips
+        folder(place, COUNT, metadata=metadata)
+        if form == "magictime file":
+            (place / "clips").mkdir()
+            for clip in place.glob("*.mp4"):
+                clip.rename(place / "clips" / clip.name)
+            place = place / "captions.csv"
+    elif form == "save_to_disk":
+        as_table(kind).save_to_disk(place)
+    elif form == "save_to_disk dict":
+        datasets.DatasetDict({"train": as_table(kind)}).save_to_disk(place)
+        return dict(train_data_dir=None, dataset_name=place)
+    elif form == "parquet folder":
+        place.mkdir()
+        as_table(kind).to_parquet(place / "train-00000-of-00001.parquet")
+        return dict(train_data_dir=None, dataset_name=place)
+    elif form == "parquet file":
+        place = directory / "winners.parquet"
+        as_table(kind).to_parquet(place)
+    elif form == "arrow":
+        as_table(kind).save_to_disk(place)
+        place = next(place.glob("*.arrow"))
+    elif form == "bytes":
+        name = "png" if kind == "sd" else "mp4"
+        content = [encoded(kind, caption) for caption in CAPTIONS]
+        datasets.Dataset.from_dict({name: content, "prompt": CAPTIONS}).save_to_disk(place)
+    elif form == "pairs":
+        place = directory / "pairs.parquet"
+        as_pairs().to_parquet(place)
+    else:
+        assert form == "webdataset"
+        place.mkdir()
+        with tarfile.open(place / "shard-000.tar", "w") as tar:
+            for i, caption in enumerate(CAPTIONS):
+                winner = ("png" if kind == "sd" else "mp4", encoded(kind, caption))
+                for suffix, content in (winner, ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{i:05}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return dict(train_data_dir=place)
+
+
+def place_of(pixels):
+    """How far the shape in a frame of moving_frames has come, in pixels: its left edge."""
+    return ((pixels < 0).any(0).float().mean(0) > 0.05).nonzero().min().item()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind, form", FORMS)
+def test_every_form_gives_every_winner_with_its_caption(tmp_path, kind, form, streaming):
+    """Two epochs hold each caption twice, each time with the picture or the frames that were drawn for it."""
+    script = SCRIPTS[kind]
+    winners = open_winners(script, tmp_path, streaming=streaming, **make(kind, form, tmp_path / "data"))
+    examples = served(winners, 2 * COUNT)
+    assert Counter(example["caption"] for example in examples) == dict.fromkeys(CAPTIONS, 2)
+    for example in examples:
+        if kind == "sd":
+            drawn, _ = script.crop_picture(tiny.picture(example["caption"]), winners.args, torch.Generator())
+            assert (example["pixels"] - drawn).abs().max() < 1e-6
+            continue
+        indices = script.choose_frames(12, winners.args, (0, example["epoch"], example["row"]))
+        frames = tiny.moving_frames(example["caption"])
+        for taken, index in zip(example["pixels"], indices, strict=True):
+            drawn, _ = script.crop_picture(frames[index], winners.args, torch.Generator())
+            assert (taken - drawn).abs().mean() < 0.1, "but for the codec's blur"
+            assert place_of(taken) == pytest.approx(place_of(drawn), abs=1)
+    if not streaming:
+        assert len(winners) == COUNT
+
+
+def test_ties_are_counted(tmp_path, caplog):
+    """Of a stream in the log, at the end of each epoch, once for all processes."""
+    script, data = SCRIPTS["sd"], make("sd", "pairs", tmp_path / "data")
+    assert open_winners(script, tmp_path, **data).ties == 4
+    winners = open_winners(script, tmp_path, streaming=True, **data)
+    with caplog.at_level("INFO", script.__name__):
+        for rank in (0, 1):
+            served(winners, 2 * COUNT, rank=rank, world=2)
+    messages = [record.message for record in caplog.records]
+    assert messages[:2] == [f"4 ties dropped in epoch {epoch}." for epoch in (0, 1)]
+    assert len(messages) == len(set(messages)), "rank 1 is silent"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind, form", [("sd", "pairs"), ("sdxl", "webdataset"), ("video", "magictime")])
+def test_a_run_on_files_and_on_a_stream(trains, tmp_path, caplog, kind, form, streaming):
+    caplog.set_level("INFO", SCRIPTS[kind].__name__)
+    data = make("video" if kind == "video" else "sd", form, tmp_path / "data")
+    run = trains[kind](streaming=streaming, max_train_steps=4, rollout_steps=1, **data)
+    assert len(run.metrics) == 4
+    told = any("6 winners (4 ties dropped); 4 updates" in record.message for record in caplog.records)
+    assert told == (form == "pairs" and not streaming)
+
+
+def test_max_train_samples(tmp_path, winners):
+    for streaming in (False, True):
+        options = dict(streaming=streaming, max_train_samples=3)
+        data = open_winners(SCRIPTS["sd"], tmp_path, winners, **options)
+        assert {example["caption"] for example in served(data, 9)} == set(CAPTIONS[:3])
+
+
+def test_named_columns(tmp_path):
+    script = SCRIPTS["sd"]
+    as_table("sd").rename_columns({"image": "photo", "text": "words"}).save_to_disk(tmp_path / "saved")
+    named = dict(image_column="photo", caption_column="words", max_train_samples=1)
+    data = open_winners(script, tmp_path, tmp_path / "saved", **named)
+    assert served(data, 1)[0]["caption"] == CAPTIONS[0]
+    with pytest.raises(script.UserError, match="no column image.*it has photo, words.*--image_column"):
+        open_winners(script, tmp_path, tmp_path / "saved")
+
+
+def test_one_of_several_captions_is_drawn(tmp_path):
+    """Of a list, in each epoch anew, and the same again for the same row and epoch."""
+    content = [encoded("sd", "a red circle")] * 40
+    datasets.Dataset.from_dict({"image": content, "text": [["one", "two"]] * 40}).save_to_disk(tmp_path / "saved")
+    data = open_winners(SCRIPTS["sd"], tmp_path, tmp_path / "saved")
+    epochs = [served(data, 40), served(data, 80)[40:]]
+    for epoch in epochs:
+        counts = Counter(example["caption"] for example in epoch)
+        assert set(counts) == {"one", "two"} and min(counts.values()) > 8
+    first, second = ({example["row"]: example["caption"] for example in epoch} for epoch in epochs)
+    assert first != second
+    assert first == {example["row"]: example["caption"] for example in served(data, 40)}
+
+
+# MagicTime's lists of clips
+
+
+def test_leading_zeros_of_a_videoid_are_kept(tmp_path):
+    folder = make("video", "magictime", tmp_path / "data")["train_data_dir"]
+    table = SCRIPTS["video"].magictime_table(folder)
+    assert sorted(table["video"]) == [f"{folder}/{i:03}.mp4" for i in range(COUNT)]
+
+
+def test_wrong_lists_of_clips_are_refused_before_the_models_load(trains, tmp_path, monkeypatch):
+    script = SCRIPTS["video"]
+    monkeypatch.setattr(script, "load_models", lambda *a: pytest.fail("the models were loaded"))
+
+    def refused(message, data, **options):
+        with pytest.raises(script.UserError, match=message) as error:
+            trains["video"](data=data, **options)
+        assert "\n" not in str(error.value)
+
+    folder = tmp_path / "data"
+    tiny.folder_of_clips(folder, 3, metadata="magictime")
+    (folder / "001.mp4").unlink()
+    refused(r"captions.csv lists 1 clips that are not in its folder, first 001\.mp4", folder)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "000.mp4", folder / name / "001.mp4")
+    refused(r"lists 001, of which its folder holds several, .*a/001\.mp4, .*b/001\.mp4", folder)
+    shutil.rmtree(folder / "b")
+    shutil.copy(folder / "captions.csv", folder / "more.csv")
+    refused(r"several lists of clips, captions\.csv, more\.csv", folder)
+    (folder / "empty.csv").write_text("videoid,name,is_transmit\n")
+    refused("is empty", folder / "empty.csv")
+    (folder / "other.csv").write_text("a,b\n")
+    refused("is not a folder, nor one of", folder / "other.csv")
+    named = tmp_path / "named"
+    tiny.folder_of_clips(named, 2)
+    refused("no column film: it has video, text; .*--video_column", named, video_column="film")
+    (named / "metadata.jsonl").unlink()
+    refused("no column text or caption or txt or prompt: it has video", named)
+    refused("nowhere does not exist", tmp_path / "nowhere")
+
+
+def test_a_clip_inside_an_archive(tmp_path):
+    """As streamed folders of the hub name their files."""
+    script, folder = SCRIPTS["video"], tmp_path / "folder"
+    tiny.folder_of_clips(folder, 1)
+    shutil.make_archive(str(tmp_path / "clips"), "zip", folder)
+    args = open_winners(script, tmp_path, folder).args
+    read = [
+        script.read_winner(name, args, (0, 0, 0))["pixels"]
+        for name in (f"zip://0.mp4::{tmp_path}/clips.zip", f"{folder}/0.mp4")
+    ]
+    assert read[0].shape == (4, 3, 64, 64)
+    assert np.array_equal(*read)

@@ -1,0 +1,189 @@
+"""The scripts stand alone, share what they share to the letter, differ in the pipeline, and put the method first."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+
+sys.path.insert(0, str(ROOT / "utils"))
+
+import fix_copies
+
+
+PATHS = sorted(ROOT.glob("train_sspo_*.py"))
+ORIGINAL = "train_sspo_sd"
+SIBLINGS = [path for path in PATHS if path.stem != ORIGINAL]
+SECTION = re.compile(r"^# -+\n# (.+)\n# -+$", re.MULTILINE)
+IMPORTED = (ast.Import, ast.ImportFrom)
+
+
+class Script:
+    """The source of a script, cut into its sections and its definitions."""
+
+    def __init__(self, path):
+        self.source = path.read_text()
+        self.lines, self.body = self.source.splitlines(), ast.parse(self.source).body
+        # Each section's title and the line, from 1, of it.
+        self.sections = {
+            found[1]: self.source[: found.start(1)].count("\n") + 1 for found in SECTION.finditer(self.source)
+        }
+
+    def section(self, node):
+        """The title, up to its colon, of the section that holds `node`, or None before the first."""
+        titles = [title for title, line in self.sections.items() if line < node.lineno]
+        return titles[-1].split(":")[0] if titles else None
+
+    def text(self, node):
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        return "\n".join(self.lines[first - 1 : node.end_lineno]), self.lines[first - 2]
+
+    @property
+    def definitions(self):
+        """Of every top-level function, class and constant: name -> node."""
+        found = {}
+        for node in self.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[node.name] = node
+            elif isinstance(node, ast.Assign):
+                names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+                found.update(dict.fromkeys(names, node))
+        return found
+
+    @property
+    def functions(self):
+        return [node for node in ast.walk(ast.parse(self.source)) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def script(request):
+    return Script(request.param)
+
+
+# Copies
+
+
+def test_copies_have_not_drifted():
+    command = [sys.executable, ROOT / "utils" / "fix_copies.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{result.stdout}run make fix-copies"
+
+
+def test_a_drifted_copy_is_found_and_fixed(tmp_path, monkeypatch):
+    (tmp_path / "train_sspo_sd.py").write_text("import os\n\n\n@cache\ndef f(x):\n    return x\n")
+    copy = "# Copied from train_sspo_sd.f\n{}\n\n\ndef g():\n    pass\n"
+    (tmp_path / "train_sspo_other.py").write_text(copy.format("def f(x):\n    y = x\n    return y"))
+    monkeypatch.setattr(fix_copies, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        fix_copies.main(["--check"])
+    with pytest.raises(SystemExit, match="0"):
+        fix_copies.main([])
+    assert (tmp_path / "train_sspo_other.py").read_text() == copy.format("@cache\ndef f(x):\n    return x")
+
+
+@pytest.mark.parametrize("path", SIBLINGS, ids=lambda path: path.stem)
+def test_siblings_differ_in_the_pipeline_alone(path):
+    """
+    What the scripts have in common is marked as a copy, which `make fix-copies` keeps. All else, what only a sibling
+    has included, stands in the section that one replaces to train another pipeline.
+    """
+    original, sibling = Script(ROOT / f"{ORIGINAL}.py"), Script(path)
+    assert list(sibling.sections) == list(original.sections)
+    replaced = "The pipeline"
+    theirs = original.definitions
+    for name, node in sibling.definitions.items():
+        (text, above), here = sibling.text(node), sibling.section(node)
+        if above == f"# Copied from {ORIGINAL}.{name}":
+            assert text == original.text(theirs[name])[0], f"{name} has drifted"
+            assert here == original.section(theirs[name]), f"{name} has moved"
+        elif here == replaced:
+            same = name in theirs and text == original.text(theirs[name])[0]
+            assert not same or isinstance(node, ast.Assign), f"{name} is the same: mark it as copied"
+        else:  # the logger and the like
+            assert isinstance(node, ast.Assign) and text == original.text(theirs[name])[0], (
+                f"{name}: mark it as copied"
+            )
+    assert ast.unparse(sibling.body[-1]) == ast.unparse(original.body[-1]), "how errors end the program"
+
+
+def test_a_script_holds_nothing_that_it_does_not_use(script):
+    names = set(script.definitions)
+    for node in script.body:
+        if isinstance(node, IMPORTED):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    code = re.sub(r"^# Copied from .*$", "", script.source, flags=re.MULTILINE)
+    assert not [name for name in sorted(names) if len(re.findall(rf"\b{name}\b", code)) < 2]
+
+
+def test_a_script_imports_nothing_of_this_repository(script):
+    """A user copies one file. It names no module of the repository, and its header names every package it imports."""
+    imported = set()
+    for node in ast.walk(ast.parse(script.source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    packages = imported - sys.stdlib_module_names
+    implied = {"PIL", "huggingface_hub", "numpy", "safetensors", "tqdm"}  # required by diffusers and datasets
+    optional = {"wandb"}
+    header = script.source.split("# ///")[1]
+    assert packages - implied - optional == {name for name in packages if f'"{name}>' in header}
+    assert not packages & {"tests", "utils", "examples", *(path.stem for path in PATHS)}
+
+
+# Form
+
+
+def test_the_method_comes_first(script):
+    """A reader has met all of it by line 450, before any argument."""
+    assert list(script.sections)[0].startswith("The method")
+    method = [name for name, node in script.definitions.items() if script.section(node) == "The method"]
+    assert {"ReplayBank", "as_reference", "self_sample", "denoising_errors", "sspo_loss", "training_loss"} <= set(
+        method
+    )
+    assert max(script.definitions[name].end_lineno for name in method) <= 450
+
+
+def numbered(text):
+    """The steps that a text names, `2. Self-sample` and the like, in its order and in lower case."""
+    found = re.findall(r"\b([1-5])\. (?!to\b|for\b)(?:The )?([A-Za-z-]+)", text)  # "3. to 5. for" names none
+    return [(int(number), name.lower()) for number, name in found]
+
+
+def test_the_five_steps_are_numbered_alike_wherever_they_are(script):
+    """In the file's docstring, at the functions that make them, and in the loop."""
+    steps = [(1, "replay"), (2, "self-sample"), (3, "errors"), (4, "switch"), (5, "loss")]
+    assert numbered(ast.get_docstring(ast.parse(script.source))) == steps
+    method = [node for node in script.body if script.section(node) == "The method"]
+    told = {}  # step -> the first that tells of it
+    for node in method:
+        for step in numbered(ast.get_docstring(node) or ""):
+            told.setdefault(step, node.name)
+    names = ["ReplayBank", "self_sample", "denoising_errors", "sspo_loss", "sspo_loss"]
+    assert list(told.items()) == list(zip(steps, names))
+    main = script.text(script.definitions["main"])[0]
+    comments = "\n".join(line.strip() for line in main.splitlines() if re.match(r" +# [1-5]\. ", line))
+    assert numbered(comments) == [*steps, steps[0]], "and at its end an iteration is pushed"
+
+
+def test_the_line_that_decides_the_switch_says_so(script):
+    lines = script.text(script.definitions["sspo_loss"])[0].splitlines()
+    decides = next(i for i, line in enumerate(lines) if line.strip().startswith("s = "))
+    above = [line for line in lines[decides - 6 : decides] if line.strip().startswith("#")]
+    assert "switch" in above[-1]
+
+
+def test_functions_are_short(script):
+    """Beside the argument list and main, which is the loop. Decorators and docstrings count."""
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in script.functions}
+    assert {name for name, lines in long.items() if lines > 70} == {"add_shared_arguments", "main"}
+
+
+def test_nothing_takes_ten_arguments(script):
+    for node in script.functions:
+        taken = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        assert len(taken) < 10, node.name

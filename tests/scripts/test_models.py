@@ -1,0 +1,181 @@
+"""What the scripts assume when they are told nothing, and which models they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import SCRIPTS, flags
+
+
+@pytest.fixture
+def bases(request):
+    """{kind: folder of its base}, and the motion adapter under `adapter`."""
+    base, adapter = request.getfixturevalue("motion")
+    pictures = {kind: request.getfixturevalue(kind) for kind in ("sd", "sdxl")}
+    return {**pictures, "video": base, "adapter": adapter}
+
+
+def load(kind, model, adapter=None, **options):
+    if kind == "video":
+        options = dict(motion_adapter_name_or_path=adapter, num_frames=4, **options)
+    args = SCRIPTS[kind].parse_args(flags(model, "unused", "unused", **options))
+    return SCRIPTS[kind].load_models(args, torch.float32)
+
+
+def without_weights(model, directory, file=None, **changes):
+    """A copy of a model's configurations, with changes to one file."""
+    shutil.copytree(model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    if file is not None:
+        path = directory / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return directory
+
+
+def refused(kind, message, *args, **options):
+    with pytest.raises(SCRIPTS[kind].UserError, match=message) as refusal:
+        load(kind, *args, **options)
+    assert "\n" not in str(refusal.value)
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    "kind, resolution, guidance", [("sd", (512, 512), 7.5), ("sdxl", (1024, 1024), 5), ("video", (256, 256), 8)]
+)
+def test_defaults(kind, resolution, guidance):
+    """The loss and the replay are the paper's; rivals are unguided; size and samples are those of the pipeline."""
+    words = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
+    args = SCRIPTS[kind].parse_args(words + (["--motion_adapter_name_or_path", "a"] if kind == "video" else []))
+    assert (SCRIPTS[kind].picture_size(args), args.validation_guidance_scale) == (resolution, guidance)
+    assert (args.train_mode, args.loss_type, args.ssr, args.reference) == ("lora", "sspo", "sign", "random")
+    assert (args.beta_dpo, args.replay_steps, args.replay_size, args.max_train_steps) == (2000, 30, 8, 210)
+    assert (args.rollout_steps, args.rollout_guidance_scale, args.rollout_scheduler) == (20, 1, "dpmsolver")
+    assert (args.rollout_strength, args.draws_per_pair, args.rival_weight, args.sft_weight) == (1, 1, 1, 0)
+    assert (args.rank, args.lora_alpha, args.learning_rate, args.optimizer, args.seed) == (8, 8, 1e-5, "adamw", 0)
+    if kind == "video":
+        assert (args.num_frames, args.frame_stride) == (16, 4)
+
+
+@pytest.mark.parametrize("batch, accumulation, rollouts", [(4, 1, 4), (1, 256, 16), (3, 8, 15), (32, 2, 32)])
+def test_default_rollout_is_an_update_of_16_rivals_at_most(batch, accumulation, rollouts):
+    words = flags("m", "d", "o", train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    assert SCRIPTS["sd"].parse_args(words).rollout_batch_size == rollouts
+
+
+# Bases that would be trained wrongly. The folders have no weights: what is refused is known without them.
+
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        (UNET, dict(in_channels=9), "takes more than latents and a caption .an inpainting"),
+        (UNET, dict(time_cond_proj_dim=256), "is distilled to few steps .LCM"),
+        (SCHEDULER, dict(_class_name="LCMScheduler"), "is distilled to few steps .LCM"),
+        (SCHEDULER, dict(_class_name="TCDScheduler"), "is distilled to few steps .LCM"),
+        (SCHEDULER, dict(prediction_type="sample"), "predicts sample, and only epsilon and v_prediction"),
+    ],
+)
+def test_other_bases_are_refused_before_their_weights_load(bases, tmp_path, kind, file, changes, message):
+    model = without_weights(bases[kind], tmp_path / "other", file, **changes)
+    refused(kind, f"--pretrained_model_name_or_path .*other {message}", model, bases["adapter"])
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_schedules_without_betas_are_refused(bases, tmp_path, kind):
+    model = without_weights(bases[kind], tmp_path / "other")
+    config = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"}
+    (model / SCHEDULER).write_text(json.dumps(config))
+    refused(kind, "has the noise levels of EDMEulerScheduler, not a schedule of betas", model, bases["adapter"])
+
+
+@pytest.mark.parametrize("kind, other", [("sd", "sdxl"), ("sdxl", "sd"), ("video", "sdxl")])
+def test_a_base_of_another_family_is_refused(bases, tmp_path, kind, other):
+    """With the name of the script that trains it, where there is one."""
+    said = dict(
+        sd=r"not Stable Diffusion 1\.x or 2\.x: train_sspo_sdxl\.py is for",
+        sdxl=r"not Stable Diffusion XL: train_sspo_sd\.py is for",
+        video=r"not an image model of Stable Diffusion 1\.x: give the one that the motion adapter is for",
+    )
+    refused(kind, said[kind], without_weights(bases[other], tmp_path / "other"), bases["adapter"])
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_the_spacing_of_a_samplers_steps_is_no_reason_to_refuse(bases, tmp_path, kind, spacing):
+    """Models that were trained to a schedule that ends in pure noise have trailing steps, and are not distilled."""
+    changes = dict(timestep_spacing=spacing, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    model = without_weights(bases[kind], tmp_path / "other", SCHEDULER, **changes)
+    refused(kind, "other cannot be loaded: .*(no file|safetensors)", model, bases["adapter"])  # it gets to the weights
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_base_that_is_not_there_is_named(bases, kind):
+    refused(kind, "--pretrained_model_name_or_path nothing-here cannot be loaded", "nothing-here", bases["adapter"])
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(requires_aesthetics_score=True), dict(text_encoder=[None, None], tokenizer=[None, None])]
+)
+def test_refiners_of_sdxl_are_refused(sdxl, tmp_path, changes):
+    model = without_weights(sdxl, tmp_path / "model", "model_index.json", **changes)
+    refused("sdxl", "is a refiner, which has another conditioning", model)
+
+
+def test_a_vae_that_is_not_there_is_named(sdxl, tmp_path):
+    missing = tmp_path / "no-such-vae"
+    refused(
+        "sdxl", "--pretrained_vae_model_name_or_path .*no-such-vae", sdxl, pretrained_vae_model_name_or_path=missing
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(block_out_channels=[8, 32]),
+            r"is not made for .*\[8, 32\] channels, those of the image model \[8, 16\]",
+        ),
+        (dict(conv_in_channels=9), "takes more than latents and a caption"),
+        (dict(_class_name="UNet2DConditionModel"), "is no motion adapter"),
+        (dict(motion_max_seq_length=3), "takes 3 frames at most: lower --num_frames 4"),
+        ({}, "cannot be loaded"),
+    ],
+)
+def test_other_motion_adapters_are_refused(bases, tmp_path, changes, message):
+    """The last for its weights, which are missing."""
+    adapter = without_weights(bases["adapter"], tmp_path / "other", "config.json", **changes)
+    refused("video", f"--motion_adapter_name_or_path .*other {message}", bases["video"], adapter)
+
+
+def test_a_motion_adapter_whose_weights_do_not_fit_is_named(bases, tmp_path):
+    adapter = tmp_path / "deep"
+    shutil.copytree(bases["adapter"], adapter)
+    config = adapter / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "motion_layers_per_block": 2}))
+    refused("video", "--motion_adapter_name_or_path .*deep cannot be loaded", bases["video"], adapter)
+
+
+def test_a_motion_adapter_that_is_not_there_is_named(bases, tmp_path):
+    missing = tmp_path / "nowhere"
+    refused("video", "--motion_adapter_name_or_path .*nowhere cannot be loaded", bases["video"], missing)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(train_batch_size=8),
+        dict(train_batch_size=8, draws_per_pair=2, split_pairs=True),
+        dict(train_batch_size=1, rollout_batch_size=8, rollout_guidance_scale=7.5),
+        dict(train_batch_size=1, rollout_batch_size=16),
+    ],
+)
+def test_more_attention_than_cuda_takes_is_refused(bases, options):
+    """Its kernels take 65,535 rows: the places of a clip's latents, of all clips that go through the model at once."""
+    load("video", bases["video"], bases["adapter"], resolution=504, **options)
+    message = "16 clips of 512 x 512 at once are 65536 rows of attention .* lower --train_batch_size"
+    refused("video", message, bases["video"], bases["adapter"], resolution=512, **options)

@@ -1,0 +1,146 @@
+"""What goes wrong on CUDA only, as far as it shows without a GPU. Whole runs on a pretended one: test_fake_cuda.py."""
+
+import importlib.util
+import os
+import subprocess
+
+import diffusers
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from helpers import ROOT, flags
+
+import train_sspo_video
+
+
+def test_runs_in_this_process_stay_on_the_cpu(monkeypatch):
+    """Also on a machine with a GPU, where accelerate would take it: the tests' promises are bit for bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert Accelerator().device.type == "cpu"
+
+
+def test_rows_of_two_devices_make_one_condition(each):
+    """A dropped caption's prompt comes from the text encoder's device, cached ones from the disk."""
+    rows = [
+        {
+            "prompt_embeds": torch.zeros(4, 8, device=device),
+            "pooled_prompt_embeds": torch.zeros(8, device=device),  # this and the geometry are for SDXL
+            "geometry": torch.zeros(6),
+        }
+        for device in ("cpu", "meta")
+    ]
+    condition = each.script.collate_condition(rows, torch.device("meta"))
+    assert {value.device.type for value in condition.values()} == {"meta"}
+
+
+def test_adapters_are_switched_without_a_search(each, monkeypatch):
+    """diffusers looks for the layers in all of the model, which takes 43 ms on SDXL: twice a rollout and an update."""
+
+    def searches(*_):
+        pytest.fail("the model is searched for adapters")
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "disable_adapters", searches)
+    monkeypatch.setattr(diffusers.UNetMotionModel, "disable_adapters", searches)
+    run = each(max_train_steps=1)
+    assert run.column("gap/winner") == run.column("gap/rival") == [0], "the reference is the base"
+
+
+def test_the_cache_is_filled_by_one_loader(each, monkeypatch):
+    """However many files it has: where processes are not forked, a loader takes seconds to start its own."""
+    loaders = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, **kwargs):
+            loaders.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    monkeypatch.setattr(each.script.LatentCache, "CHUNK", 2)
+    run = each(max_train_steps=1, cache_latents=True)
+    assert len(list(run.path.glob("cache/*/*"))) > 2
+    assert len(loaders) == 2, "one for the cache, one for training"
+
+
+def test_a_dynamo_backend_is_refused_by_name(each, monkeypatch):
+    """It would compile the policy and not the reference."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setattr(each.script, "load_models", lambda *_: pytest.fail("models were loaded first"))
+    with pytest.raises(each.script.UserError, match="dynamo backend INDUCTOR"):
+        each()
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """As on a GPU machine that has it installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name == "xformers" or find_spec(name, *a))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_xformers_that_does_not_run_is_one_line(each, monkeypatch, xformers):
+    """Its probe says over many lines why each of its kernels will not do."""
+
+    def probe(*_):
+        raise NotImplementedError("No operator for these inputs:\n  query: (1, 2, 1, 40)\n`cutlass` is not built")
+
+    monkeypatch.setattr(diffusers.ModelMixin, "enable_xformers_memory_efficient_attention", probe)
+    with pytest.raises(
+        each.script.UserError, match=r"xformers does not run here \(No operator.*requirements"
+    ) as error:
+        each(enable_xformers_memory_efficient_attention=True)
+    assert "\n" not in str(error.value)
+
+
+ROLLOUT = dict(train_batch_size=1, gradient_accumulation_steps=16)
+VALIDATION = dict(ROLLOUT, rollout_batch_size=8, validation_prompts=list("abcdefgh"))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(train_batch_size=8), "16 clips of 512 x 512 at once are 65536 rows"),
+        (dict(train_batch_size=2, draws_per_pair=4), "16 clips"),
+        (dict(train_batch_size=8, split_pairs=True), None),
+        (dict(train_batch_size=7), None),
+        (ROLLOUT, "16 clips"),
+        (dict(ROLLOUT, rollout_batch_size=8), None),
+        (dict(ROLLOUT, rollout_batch_size=8, rollout_guidance_scale=2), "16 clips"),
+        (VALIDATION, "16 clips"),
+        (dict(VALIDATION, validation_guidance_scale=1), None),
+        (dict(train_batch_size=4, enable_xformers_memory_efficient_attention=True), "65536 rows.*or drop xformers"),
+        (dict(train_batch_size=3, enable_xformers_memory_efficient_attention=True), None),
+    ],
+)
+def test_more_rows_of_attention_than_cuda_takes_are_refused(
+    motion, clips, tmp_path, monkeypatch, xformers, options, words
+):
+    """The motion modules attend over time at 64 x 64 places of each clip; the tiny adapter's have two heads."""
+    base, adapter = motion
+    options = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=512, **options)
+    args = train_sspo_video.parse_args(flags(base, clips, tmp_path, **options))
+
+    def load(*_, **__):
+        raise LookupError("a model is loaded")
+
+    for model in (diffusers.UNet2DConditionModel, diffusers.MotionAdapter, diffusers.AutoencoderKL):
+        monkeypatch.setattr(model, "from_pretrained", load)
+    if words is None:
+        with pytest.raises(LookupError):
+            train_sspo_video.load_models(args, torch.float32)
+    else:
+        with pytest.raises(train_sspo_video.UserError, match=words):
+            train_sspo_video.load_models(args, torch.float32)
+
+
+def test_launch_sh_leaves_time_for_a_checkpoint(tmp_path):
+    """After SIGTERM torchelastic waits 30 seconds for an update to end and be saved, unless it is told otherwise."""
+    fake = tmp_path / "accelerate"
+    fake.write_text("#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "m", "DATA": "d", "OUTPUT": "o"}
+    script = ROOT / "examples" / "multi_gpu" / "launch.sh"
+    told = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == "600\n"
