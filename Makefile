@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart        align the embedded model with SSPO, print its scores, draw before and after"
 	@echo "make quickstart-video  the same with clips: steady an embedded motion adapter that flickers"
 	@echo "make benchmark         time of an update over that of the model's bare calls, and how it grows (15 minutes)"
-	@echo "make study             the study's runs that are missing, then its tables and plots (hours)"
+	@echo "make study             the studies' runs that are missing, then their tables and plots (a day)"
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make style             ruff, and whether the scripts' shared functions are still the same"
@@ -43,6 +43,7 @@ study: $(VENV)/installed
 	$(BIN)/python $(STUDY)/study.py again
 	test -e $(STUDY)/gradients.json || $(BIN)/python $(STUDY)/gradients.py
 	$(BIN)/python $(STUDY)/study.py report
+	$(BIN)/python $(STUDY)/second.py run
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

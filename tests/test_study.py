@@ -56,7 +56,7 @@ def test_the_best_trial_was_taken():
 
 
 def test_the_plan_tells_the_settings():
-    plan = (STUDY / "plan.md").read_text()
+    plan = (STUDY / "plan_first.md").read_text()
     for captions in (study.SELECTION, study.TEST):
         assert ", ".join(captions) in plan.replace("\n", " ")
     for regime in study.TUNED:

@@ -2,7 +2,7 @@
 
 A run is one training by train_sspo_sd.py on an emoji base, then pictures of captions that it never saw, judged by
 examples/quickstart/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so
-the study can be stopped and continued. What is run and concluded was written down in plan.md before the runs.
+the study can be stopped and continued. What is run and concluded was written down in plan_first.md before the runs.
 
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
@@ -56,7 +56,7 @@ BASES = {"first": HERE.parent / "quickstart" / "base", "second": HERE / "base"}
 RESULTS, SECOND_RESULTS, PILOTS = HERE / "results", HERE / "results_second", HERE / "pilots"
 AGAIN_RESULTS, AGAIN_PILOTS = HERE / "results_again", HERE / "pilots_again"
 
-# Of the captions that no winner has, a third chose the settings (plan.md); the others are only for the results.
+# Of the captions that no winner has, a third chose the settings (plan_first.md); the others are only for the results.
 SELECTION = HELD_OUT[::3]
 TEST = [caption for caption in HELD_OUT if caption not in SELECTION]
 
@@ -571,16 +571,16 @@ def run(job):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def in_child(job, log):
+def in_child(job, log, carry_out):
     sys.stdout = sys.stderr = log.open("w", buffering=1)
     for descriptor in (1, 2):
         os.dup2(sys.stderr.fileno(), descriptor)
-    run(job)
+    carry_out(job)
 
 
-def run_all(jobs, workers, logs):
+def run_all(jobs, workers, logs, carry_out=None):
     """
-    Runs the jobs whose result is missing, `workers` at a time, each in a process of its own.
+    Runs the jobs whose result is missing, `workers` at a time, each in a process of its own, by `carry_out` or `run`.
 
     They are forked from this one, which has imported everything (half a minute) but never trained: accelerate's state
     and the patches of a run are its own.
@@ -595,7 +595,7 @@ def run_all(jobs, workers, logs):
         while waiting and len(running) < workers:
             job = waiting.pop(0)
             log = logs / ("-".join(job.result.with_suffix(".log").parts[-4:]))
-            process = context.Process(target=in_child, args=(job, log))
+            process = context.Process(target=in_child, args=(job, log, carry_out or run))
             process.start()
             running[process.sentinel] = process, job, log, time.time()
         for sentinel in multiprocessing.connection.wait(list(running)):

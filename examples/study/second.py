@@ -1,0 +1,630 @@
+"""The second study: does self-sampling go on where fine-tuning stops?
+
+plan.md, committed before the main runs, says what is run and concluded; here it is as data. A run is one training by
+train_sspo_sd.py and what its pictures are like. It leaves one file in work/runs (ignored by git) and is not run again
+while that file, or its line in data/runs.csv, is there: the study can be stopped and continued at any time.
+
+    python examples/study/second.py run --workers 2  # what is missing, in the plan's order
+    python examples/study/second.py collect          # work/runs into data/ (data/columns.md tells the columns)
+    python examples/study/second.py status           # how much of the plan is there
+"""
+
+# ruff: noqa: E402, I001
+import argparse
+import contextlib
+import csv
+import fcntl
+import functools
+import gzip
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import study  # first: it sets the number of threads and the path
+import datasets
+import diffusers
+import measures
+import numpy as np
+import torch
+from glyphs import CAPTIONS, WINNER_SEEDS, degrade, is_degraded, render, write_winners
+from safetensors.torch import load_file, save_file
+from scorer import load_scorer, scores, to_tensor
+from second_scorer import load_second_scorer
+
+import train_sspo_sd as script
+
+
+HERE = Path(__file__).resolve().parent
+WORK, DATA = HERE / "work", HERE / "data"
+
+# ------------------------------------------------------------------------------------------------------------------
+# The plan as data
+# ------------------------------------------------------------------------------------------------------------------
+
+TUNING, SEEDS = (100, 101, 102), tuple(range(8))
+HELD_OUT = 12  # captions of a seed that no winner shows
+STEPS = 10  # of the sampler, for rivals and for pictures
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # those that the tuning tries
+PICTURES = {"tuning": {"held out": 8}, "main": {"held out": 24, "aligned": 12}}  # of a caption
+PER_CAPTION = 100  # winners
+
+COMMON = {"resolution": 64, "train_mode": "full", "train_batch_size": 16, "lr_warmup_steps": 5}
+COMMON |= {"mixed_precision": "no", "report_to": "none", "checkpointing_steps": 1_000_000}
+SFT = {"loss_type": "sft", "max_train_steps": 840}
+SSPO = {"max_train_steps": 60, "draws_per_pair": 4, "replay_steps": 15, "rollout_steps": STEPS}
+RATES = [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4, 1e-3)]
+SSPO_GRID = [{"learning_rate": rate, "beta_dpo": beta} for beta in (200.0, 2000.0) for rate in (3e-5, 1e-4)]
+HINGE_GRID = [{"learning_rate": rate, "margin": margin} for margin in (0.01, 0.001) for rate in (3e-5, 1e-4)]
+START_GRID = [{"learning_rate": rate, "max_train_steps": n} for n in (1500, 3000) for rate in (5e-4, 1e-3)]
+AVERAGES = tuple(f"average {decay}" for decay in (0.98, 0.99, 0.995))
+FACTORS = tuple(f"k {k}" for k in (1.1, 1.2, 1.35, 1.5, 1.75))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: what it adds to COMMON, the settings that its tuning tries, and the weights that it offers."""
+
+    flags: dict = field(default_factory=dict)
+    grid: tuple = ({},)
+    models: tuple = ("end",)  # the last weights, averages of all of them, or base + k (start - base)
+    like: str | None = None  # the row whose tuned settings it takes
+    of: str | None = None  # the row whose runs it shares
+
+    @property
+    def trained(self):
+        return bool(self.flags)
+
+
+UNPAIRED = {**SSPO, "ssr": "none", "unpaired": True}
+ROWS = {
+    "start": Row(models=("k 1.0",)),
+    "sft constant": Row(SFT, RATES),
+    "sft decaying": Row({**SFT, "lr_scheduler": "cosine"}, RATES),
+    "sft averaged": Row(SFT, RATES, AVERAGES, of="sft constant"),
+    "extrapolated": Row(models=FACTORS),
+    "sign": Row({**SSPO, "ssr": "sign"}, SSPO_GRID),
+    "indicator": Row({**SSPO, "ssr": "indicator"}, SSPO_GRID),
+    "none, rival 0.3": Row({**SSPO, "ssr": "none", "rival_weight": 0.3}, SSPO_GRID),
+    "hinge": Row({**SSPO, "ssr": "none"}, HINGE_GRID),
+    "unpaired": Row(UNPAIRED, SSPO_GRID),
+    "unpaired, rival 0.3": Row({**UNPAIRED, "rival_weight": 0.3}, SSPO_GRID),
+    "unpaired, rival 4": Row({**UNPAIRED, "rival_weight": 4.0}, SSPO_GRID),
+    # Not tuned: one change to "unpaired"
+    "unpaired, latest": Row({**UNPAIRED, "reference": "latest"}, like="unpaired"),
+    "unpaired, initial": Row({**UNPAIRED, "reference": "initial"}, like="unpaired"),
+    "unpaired, base": Row({**UNPAIRED, "reference": "initial"}, like="unpaired"),  # the base, not the start
+}
+SFT_ROWS = ("sft constant", "sft decaying", "sft averaged")
+FAMILY = ("sign", "indicator", "none, rival 0.3", "hinge", "unpaired", "extrapolated")
+TUNED = tuple(row for row in ROWS if ROWS[row].like is None)
+T1_FIRST = ("start", *SFT_ROWS, *FAMILY)  # all seeds
+T1_THEN = ("unpaired, rival 0.3", "unpaired, rival 4", "unpaired, latest", "unpaired, initial")  # the first four
+T2 = ("start", "sft decaying", "extrapolated", "unpaired", "unpaired, latest", "unpaired, base")
+SHARES = (0.2, 0.4)  # of T2's winners that are degraded
+
+
+def held_out(seed):
+    """(captions that no winner of this seed shows, all others); ten seeds in a row have each caption three times."""
+    order = np.random.default_rng(16).permutation(CAPTIONS).tolist()
+    mine = [order[(HELD_OUT * seed + place) % len(order)] for place in range(HELD_OUT)]
+    return mine, [caption for caption in order if caption not in mine]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training, or none, and the models that are measured after it.
+
+    `task` is start, T1 or T2; `settings` what the tuning varies; `guidances` those of the pictures; `share` that of
+    degraded winners.
+    """
+
+    task: str
+    base: str
+    row: str
+    seed: int
+    settings: tuple = ()
+    models: tuple = ("end",)
+    guidances: tuple = GUIDANCES
+    share: float = 0.0
+
+    @property
+    def name(self):
+        settings = [f"{name}={value:g}" for name, value in self.settings]
+        share = [f"{self.share:g} degraded"] if self.share else []
+        return " ".join([self.task, self.base, self.row, *settings, *share, "seed", str(self.seed)])
+
+    @property
+    def stage(self):
+        return "tuning" if self.seed in TUNING else "main"
+
+    @property
+    def result(self):
+        return WORK / "runs" / f"{self.name}.json"
+
+    # What study.run_all prints and names its logs by.
+    @property
+    def regime(self):
+        return f"{self.task} {self.base}"
+
+    def flags(self):
+        """Those of train_sspo_sd.py but for files, and `margin`, which is none of its."""
+        flags = {**COMMON, **ROWS[self.row].flags, **dict(self.settings), "seed": self.seed}
+        if self.task == "start":
+            flags["checkpointing_steps"] = 250  # it is long, and resumes
+        elif "half" in self.models:
+            flags["checkpointing_steps"] = flags["max_train_steps"] // 2
+        return flags
+
+    def command_line(self, start, winners, output):
+        files = {"pretrained_model_name_or_path": start, "train_data_dir": winners, "output_dir": output}
+        words = ["--cache_latents"]
+        for flag, value in (files | self.flags()).items():
+            words += [] if flag == "margin" else [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        return words
+
+
+def settings_of(trial):
+    return tuple(sorted(trial.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What the tuning chose
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def told(run):
+    """The record of a run that is there, from its file or from data/, or None."""
+    if run.result.exists():
+        return json.loads(run.result.read_text())
+    return collected().get(run.name)
+
+
+@functools.cache
+def collected():
+    """{name: record} of data/, its error and what was measured of each caption."""
+    records = {line["run"]: {"error": float(line["error"]), "captions": []} for line in read_csv(DATA / "runs.csv")}
+    for line in read_csv(DATA / "captions.csv.gz"):
+        numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line[name]}
+        records[line["run"]]["captions"].append(line | numbers)
+    return records
+
+
+def start_trials(base):
+    return [Run("start", base, "sft decaying", TUNING[0], settings_of(trial), ()) for trial in START_GRID]
+
+
+def start_of(base, seed, share=0.0):
+    """The run that makes the checkpoint from which T1 and T2 branch: SFT to the least error on unseen renders."""
+    best = min(start_trials(base), key=lambda run: told(run)["error"])
+    return Run("start", base, "sft decaying", seed, best.settings, (), share=share)
+
+
+def trials(base, row, seed, grid=None):
+    owner = ROWS[row].of or row
+    models = [model for name, other in ROWS.items() if owner in (name, other.of) for model in other.models]
+    return [Run("T1", base, owner, seed, settings_of(trial), tuple(models)) for trial in grid or ROWS[row].grid]
+
+
+def mean_mmd(runs, model, guidance):
+    """Over the held-out captions of all the runs."""
+    lines = [line for run in runs for line in told(run)["captions"] if line["part"] == "held out"]
+    return np.mean([line["mmd"] for line in lines if (line["model"], line["guidance"]) == (model, guidance)])
+
+
+def criterion(runs, model):
+    """What the tuning minimises: the mean of the MMD without guidance and of that at the best guidance."""
+    values = [mean_mmd(runs, model, guidance) for guidance in GUIDANCES]
+    return (values[0] + min(values)) / 2
+
+
+def best_two(base, row):
+    """The two settings that do best with the first tuning seed, each by its best model: these get the other seeds."""
+    first = trials(base, row, TUNING[0])
+    ranked = sorted(first, key=lambda run: min(criterion([run], model) for model in ROWS[row].models))
+    return [dict(run.settings) for run in ranked[:2]]
+
+
+@functools.cache
+def chosen(base, row):
+    """(settings, model, guidance) of a row: the best over the three tuning seeds."""
+    if ROWS[row].like:
+        return chosen(base, ROWS[row].like)
+    candidates = []
+    for trial in best_two(base, row):
+        runs = [run for seed in TUNING for run in trials(base, row, seed, [trial])]
+        candidates += [(criterion(runs, model), runs, model) for model in ROWS[row].models]
+    _, runs, model = min(candidates, key=lambda candidate: candidate[0])
+    guidance = min(GUIDANCES, key=lambda guidance: mean_mmd(runs, model, guidance))
+    return runs[0].settings, model, guidance
+
+
+def best_sft(base):
+    """The row of SFT that the others are compared with: the one that the tuning found best."""
+
+    def value(row):
+        settings, model, _ = chosen(base, row)
+        return criterion([run for seed in TUNING for run in trials(base, row, seed, [dict(settings)])], model)
+
+    return min(SFT_ROWS, key=value)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The order of the runs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def main_run(task, base, row, seed, share=0.0):
+    """Rows that may share a run ask for the same models and guidances, so that they do where their settings agree."""
+    settings, _, _ = chosen(base, row)
+    owner = ROWS[row].of or row
+    _, models, guidances = zip(*(chosen(base, name) for name, other in ROWS.items() if owner in (name, other.of)))
+    half = ["half"] if ROWS[row].trained else []
+    return Run(task, base, owner, seed, settings, (*half, *models), tuple(sorted({1.0, *guidances})), share)
+
+
+def stages():
+    """Functions that give runs, each to be called when those of the one before are there."""
+    for base in study.BASES:
+        yield lambda base=base: start_trials(base)
+        yield lambda base=base: [start_of(base, seed) for seed in TUNING]
+        yield lambda base=base: [run for row in TUNED for run in trials(base, row, TUNING[0])]
+        yield lambda base=base: [
+            run for row in TUNED for seed in TUNING[1:] for run in trials(base, row, seed, best_two(base, row))
+        ]
+    for seed in SEEDS:
+        yield lambda seed=seed: [start_of(base, seed) for base in study.BASES]
+        rows = T1_FIRST + (T1_THEN if seed in SEEDS[:4] else ())
+        yield lambda seed=seed, rows=rows: [main_run("T1", base, row, seed) for base in study.BASES for row in rows]
+    for seed in SEEDS[:3]:
+        yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
+        yield lambda seed=seed: [main_run("T2", "first", row, seed, share) for share in SHARES for row in T2]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def hinge_loss(policy_winner, policy_rival, reference_winner, reference_rival, *_, margin):
+    """Diffusion-DRO's (arXiv 2510.18353): max(0, margin + gap_w - gap_r), in place of sspo_loss."""
+    gap_winner, gap_rival = policy_winner - reference_winner, policy_rival - reference_rival
+    loss = (margin + gap_winner - gap_rival).clamp(min=0).mean()
+    return loss, {"gap/winner": gap_winner.detach().mean(), "gap/rival": gap_rival.detach().mean()}
+
+
+def extrapolated(base, other, k):
+    """base + k (other - base), weight by weight."""
+    return {name: weight + k * (other[name] - weight) for name, weight in base.items()}
+
+
+@contextlib.contextmanager
+def patched(run, notes):
+    """
+    The script, with what a row wants that no flag of it can do, and with a count of what it costs.
+
+    Args:
+        notes: gets `seconds` of the processor in the loop of updates; `forwards`, the latents that the denoiser was
+            called on, and `backwards`, those of them with a gradient; and `averages`, {decay: weights}.
+    """
+    notes.update({"seconds": 0.0, "forwards": 0, "backwards": 0, "averages": {}})
+    decays = [float(name.removeprefix("average ")) for name in run.models if name.startswith("average")]
+    predict, prepare, write_metrics = script.predict, script.prepare_denoiser, script.write_metrics
+    load, weights = script.ReplayBank.load, {}
+
+    def counted(denoiser, noisy, *others):
+        notes["forwards"] += len(noisy)
+        notes["backwards"] += len(noisy) * torch.is_grad_enabled()
+        return predict(denoiser, noisy, *others)
+
+    def prepared(models, *others):
+        prepare(models, *others)
+        weights.update(models.denoiser.named_parameters())
+        for decay in decays:
+            notes["averages"][decay] = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def averaged(args, metrics):
+        write_metrics(args, metrics)
+        for decay, average in notes["averages"].items():
+            torch._foreach_lerp_([*average.values()], [weights[name].detach() for name in average], 1 - decay)
+
+    def load_or_base(bank, index):
+        unet = study.BASES[run.base] / "unet" / "diffusion_pytorch_model.safetensors"
+        return {name: weight.float() for name, weight in load_file(unet).items()} if index == 0 else load(bank, index)
+
+    patches = {"predict": counted, "prepare_denoiser": prepared, "write_metrics": averaged}
+    if run.row == "hinge":
+        patches["sspo_loss"] = functools.partial(hinge_loss, margin=dict(run.settings)["margin"])
+    with contextlib.ExitStack() as stack:
+        for name in ("make_loader", "save_result"):  # time_the_loop's
+            stack.enter_context(mock.patch.object(script, name, getattr(script, name)))
+        study.time_the_loop(notes)
+        for name, function in patches.items():
+            stack.enter_context(mock.patch.object(script, name, function))
+        if run.row == "unpaired, base":
+            stack.enter_context(mock.patch.object(script.ReplayBank, "load", load_or_base))
+        yield
+
+
+@contextlib.contextmanager
+def only_one(name, wait=True):
+    """Of the processes that are side by side; without `wait`, BlockingIOError where another one is there."""
+    WORK.mkdir(exist_ok=True)
+    with (WORK / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def winner(run, caption, index):
+    """One of the run's winners, a PIL picture."""
+    seed = WINNER_SEEDS + 1000 * run.seed + index
+    picture = render(caption, seed)
+    return degrade(picture, caption, seed) if is_degraded(caption, seed, run.share) else picture
+
+
+def winners_of(run):
+    """The folder of a seed's winners, written if it is missing; the same for all rows of the seed."""
+    _, aligned = held_out(run.seed)
+    folder = WORK / "winners" / f"seed {run.seed}, {100 * run.share:.0f} % degraded"
+    with only_one("winners"):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            write_winners(partial, PER_CAPTION, aligned, WINNER_SEEDS + 1000 * run.seed)
+            for name in aligned if run.share else ():
+                for index in range(PER_CAPTION):
+                    winner(run, name, index).save(partial / f"{name.replace(' ', '-')}-{index:03d}.png")
+            partial.rename(folder)
+    return folder
+
+
+def start_folder(run):
+    """The pipeline that a run starts from: the base, or what SFT made of it, trained now if it is missing."""
+    if run.task == "start":
+        return study.BASES[run.base]
+    start = start_of(run.base, run.seed, run.share)
+    folder = WORK / "starts" / start.name
+    with only_one("start"):
+        if not folder.exists():
+            carry_out(start)
+    return folder
+
+
+def train(run, folder):
+    """Trains into `folder`. Returns notes (see `patched`) and curves."""
+    args = script.parse_args(run.command_line(start_folder(run), winners_of(run), folder))
+    args.cache_dir = str(WORK / "datasets")
+    if list(folder.glob("checkpoint-*")):
+        args.resume_from_checkpoint = "latest"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "cache").is_symlink():
+        (WORK / "cache").mkdir(exist_ok=True)
+        (folder / "cache").symlink_to(WORK / "cache")  # the latents are the same for all branches of a start
+    fill = script.LatentCache.fill
+
+    def fill_alone(*given):
+        with only_one("cache"):
+            fill(*given)
+
+    notes = {}
+    with patched(run, notes), mock.patch.object(script.LatentCache, "fill", fill_alone):
+        script.main(args)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return notes, study.thinned(lines)
+
+
+def weights_of(folder):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+    return unet.state_dict()
+
+
+def models_of(run, folder, notes):
+    """Yields (name, the denoiser's weights) of all that is measured after a run."""
+    for name in run.models:
+        kind, _, value = name.partition(" ")
+        if kind == "k":
+            yield name, extrapolated(weights_of(study.BASES[run.base]), weights_of(start_folder(run)), float(value))
+        elif kind == "average":
+            yield name, notes["averages"][float(value)]
+        else:
+            checkpoints = script.list_checkpoints(folder).values()
+            yield name, weights_of(folder if kind == "end" else next(iter(checkpoints)))
+
+
+@functools.cache
+def real(caption):
+    """The features of unseen renders of a caption; computed once for all runs."""
+    file = WORK / "real.safetensors"
+    with only_one("real"):
+        if not file.exists():
+            made = {name: torch.from_numpy(measures.real_features(name).copy()) for name in CAPTIONS}
+            save_file(made, file.with_suffix(".partial"))
+            os.replace(file.with_suffix(".partial"), file)
+    return load_file(file)[caption].numpy()
+
+
+def draw(pipeline, texts, first_seed, guidance):
+    noise = [torch.Generator().manual_seed(first_seed + place) for place in range(len(texts))]
+    return pipeline(texts, generator=noise, num_inference_steps=STEPS, guidance_scale=guidance).images
+
+
+def measure(pipeline, run, model):
+    """A dict for each guidance and caption: what data/columns.md names, and `pictures`, the scorers' word on each."""
+    lines = []
+    for guidance in run.guidances[:1] if model == "half" else run.guidances:
+        for part, captions in zip(("held out", "aligned"), held_out(run.seed)):
+            count = PICTURES[run.stage].get(part, 0)
+            for place, caption in enumerate(captions[:HELD_OUT] if count else ()):
+                seed = 50_000_000 + 100_000 * run.seed + 50_000 * (part == "aligned") + 1000 * place
+                pictures = draw(pipeline, [caption] * count, seed, guidance)
+                made = measures.features(to_tensor(pictures))
+                precision, recall = measures.precision_recall(made, real(caption))
+                line = {"model": model, "guidance": guidance, "part": part, "caption": caption}
+                line |= {"mmd": measures.mmd(made, real(caption), measures.WIDTH)}
+                line |= {"precision": precision, "recall": recall}
+                if part == "aligned":
+                    shown = [winner(run, caption, index) for index in range(PER_CAPTION)]
+                    unseen = [render(caption, measures.UNSEEN + 1000 + index) for index in range(PER_CAPTION)]
+                    line["memorisation"] = measures.memorisation(*map(pixels, (pictures, shown, unseen)))
+                scorers = load_scorer(), load_second_scorer()
+                judged = [scores(pictures, [caption] * count, scorer) for scorer in scorers]
+                line["score"], line["second score"] = (verdict["score"].mean().item() for verdict in judged)
+                columns = [verdict[name].tolist() for verdict in judged for name in ("preference", "identity")]
+                line["pictures"] = [[round(value, 3) for value in picture] for picture in zip(*columns)]
+                lines.append({name: round(v, 5) if isinstance(v, float) else v for name, v in line.items()})
+    return lines
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture) for picture in pictures]) / 255
+
+
+@functools.cache
+def provenance():
+    """Of the code that runs: asked for when the runs begin, since the folder may get another commit meanwhile."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return {"commit": commit.strip(), "versions": versions, "cpu": cpu[0]}
+
+
+def carry_out(run):
+    """Trains, measures and writes the result."""
+    if run.result.exists() and run.task != "start":
+        return
+    for library in (study.diffusers_logging, study.transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    datasets.disable_progress_bars()
+    record = {"run": run.name, "task": run.task, "base": run.base, "row": run.row, "seed": run.seed}
+    record |= {"stage": run.stage, "winners": len(CAPTIONS[HELD_OUT:]) * PER_CAPTION, "degraded": run.share}
+    record |= {"flags": run.flags() if ROWS[run.row].trained else {}, **provenance()}
+    record["date"] = time.strftime("%Y-%m-%d %H:%M")
+    with contextlib.ExitStack() as stack:
+        if run.task == "start":
+            folder = WORK / "starts" / f"{run.name}.partial"
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        notes = {"seconds": 0.0, "forwards": 0, "backwards": 0}
+        if ROWS[run.row].trained:
+            notes, record["curves"] = train(run, folder)
+        record |= {name: notes[name] for name in ("seconds", "forwards", "backwards")}
+        pipeline = study.load_pipeline(folder if run.task == "start" else study.BASES[run.base], "cpu")
+        record["captions"] = []
+        for model, weights in models_of(run, folder, notes):
+            pipeline.unet.load_state_dict(weights)
+            record["captions"] += measure(pipeline, run, model)
+            keep = WORK / "weights" / f"{run.name} {model}.safetensors"
+            if run.stage == "main" and not keep.exists():  # for what may yet have to be measured
+                keep.parent.mkdir(exist_ok=True)
+                save_file({name: weight.half().contiguous() for name, weight in weights.items()}, keep)
+        record["error"] = round(study.heldout_error(pipeline, CAPTIONS), 5)
+        if run.task == "start":
+            pipeline.to(torch.float16).save_pretrained(folder.with_suffix(".half"))
+            shutil.rmtree(folder)
+            shutil.rmtree(WORK / "starts" / run.name, ignore_errors=True)
+            folder.with_suffix(".half").rename(WORK / "starts" / run.name)
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    partial = run.result.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n")
+    os.replace(partial, run.result)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The data
+# ------------------------------------------------------------------------------------------------------------------
+
+RUNS = ("run", "task", "stage", "base", "row", "seed", "winners", "degraded", "flags", "seconds", "forwards")
+RUNS += ("backwards", "error", "commit", "versions", "cpu", "date")
+LINES = ("run", "model", "guidance", "part", "caption", "mmd", "precision", "recall", "memorisation", "score")
+LINES += ("second score",)
+JUDGED = ("run", "model", "guidance", "part", "caption", "noise", "clean", "right", "second clean", "second right")
+POINTS = ("run", "step", "name", "value")
+
+
+def read_csv(path):
+    """A list of dicts of text; empty where the file is missing."""
+    if not path.exists():
+        return []
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return list(csv.DictReader(io.StringIO(text.decode())))
+
+
+def write_csv(path, columns, lines):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def collect():
+    """Writes data/: all records of work/runs, and what it had of other runs. Returns the number of runs."""
+    records = [json.loads(path.read_text()) for path in sorted((WORK / "runs").glob("*.json"))]
+    new = {record["run"] for record in records}
+    tables = {name: [] for name in ("runs.csv", "captions.csv.gz", "pictures.csv.gz", "curves.csv.gz")}
+    for name, lines in tables.items():
+        lines += [line for line in read_csv(DATA / name) if line["run"] not in new]
+    for record in records:
+        run = {"run": record["run"]}
+        tables["runs.csv"].append(record | {"flags": json.dumps(record["flags"])})
+        for line in record["captions"]:
+            tables["captions.csv.gz"].append(line | run)
+            for noise, values in enumerate(line["pictures"] if record["stage"] == "main" else ()):
+                tables["pictures.csv.gz"].append(line | run | dict(zip(JUDGED[5:], (noise, *values))))
+        for name, values in record.get("curves", {}).items():
+            for step, value in zip(record["curves"]["step"], values):
+                tables["curves.csv.gz"].append({**run, "step": step, "name": name, "value": value})
+    DATA.mkdir(exist_ok=True)
+    for (name, lines), columns in zip(tables.items(), (RUNS, LINES, JUDGED, POINTS)):
+        write_csv(DATA / name, columns, sorted(lines, key=lambda line: line["run"]))
+    return len(tables["runs.csv"])
+
+
+def run_all(workers):
+    """Runs what is missing, stage by stage. Returns the number of runs that failed; the stages after one wait."""
+    provenance()
+    with only_one("run", wait=False):
+        for stage in stages():
+            missing = [run for run in dict.fromkeys(stage()) if told(run) is None]
+            if failed := study.run_all(missing, workers, WORK / "logs", carry_out):
+                return failed
+    return 0
+
+
+def progress():
+    """Yields (runs, how many of them are there) of each stage, as far as those before it tell which runs it has."""
+    for stage in stages():
+        runs = list(dict.fromkeys(stage()))
+        there = sum(told(run) is not None for run in runs)
+        yield runs, there
+        if there < len(runs):
+            return
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "collect", "status"])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
+    args = parser.parse_args()
+    if args.command == "run":
+        if failed := run_all(args.workers):
+            raise SystemExit(f"{failed} runs failed: see {WORK / 'logs'}")
+    if args.command == "status":
+        for number, (runs, there) in enumerate(progress()):
+            print(f"stage {number}: {there} of {len(runs)} runs, from {runs[0].name!r} on")
+    else:
+        print(f"{collect()} runs in {DATA}")
+
+
+if __name__ == "__main__":
+    main()
