@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from helpers import ROOT, SCRIPTS, flags
+from helpers import EVERY, ROOT, SCRIPTS, flags
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 SOURCES = sorted([*ROOT.glob("train_sspo_*.py"), *ROOT.glob("examples/**/*.py")])
 # What a script needs beside the flags that a page is about.
-REQUIRED = {name: ["--pretrained_model_name_or_path", "-", "--train_data_dir", "-"] for name in SCRIPTS}
+REQUIRED = {name: ["--pretrained_model_name_or_path", "-", "--train_data_dir", "-"] for name in EVERY}
 REQUIRED["video"] += ["--motion_adapter_name_or_path", "-"]
 
 
@@ -75,7 +75,7 @@ def complaint(call):
 def program_complaint(path, words):
     """What a Python program says to a command line, or None. It goes no further than to parse it."""
     if path.stem.startswith("train_sspo_"):
-        return complaint(lambda: SCRIPTS[path.stem.removeprefix("train_sspo_")].parse_args(words))[0]
+        return complaint(lambda: EVERY[path.stem.removeprefix("train_sspo_")].parse_args(words))[0]
     if path.name == "estimate_memory.py":
         import estimate_memory
 
@@ -96,7 +96,7 @@ def program_complaint(path, words):
         os.environ.update(environment)
     if others:  # the quickstarts hand them on
         script = "video" if "video" in path.stem else "sd"
-        said = complaint(lambda: SCRIPTS[script].parse_args([*REQUIRED[script], *others]))[0]
+        said = complaint(lambda: EVERY[script].parse_args([*REQUIRED[script], *others]))[0]
     return said
 
 
@@ -162,7 +162,7 @@ def flag_problem(words):
     for flag, *values in flags:
         values = [value for value in values if value != "..."]
         said = []
-        for name, script in SCRIPTS.items():
+        for name, script in EVERY.items():
 
             def parse(script=script, name=name, given=(flag, *values)):
                 with only_parsing():

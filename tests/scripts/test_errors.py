@@ -139,7 +139,7 @@ def test_missing_column_lists_those_there_are(early, tmp_path):
 
 
 def test_ties_only(early, tmp_path):
-    row = {"jpg_0": b"", "jpg_1": b"", "label_0": 0.5, "caption": "a tie"}
+    row = {**dict.fromkeys(early.script.PAIR_COLUMNS, b""), "label_0": 0.5, "caption": "a tie"}
     datasets.Dataset.from_list([row] * 3).to_parquet(tmp_path / "ties.parquet")
     refused(early, "no winner", data=tmp_path / "ties.parquet")
 
