@@ -17,7 +17,8 @@ from unittest import mock
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from helpers import ROOT, SCRIPTS, flags
+from helpers import EVERY as SCRIPTS
+from helpers import ROOT, flags
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
