@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from helpers import EVERY, ROOT, SCRIPTS, flags
+from helpers import EVERY, ROOT, flags
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -385,7 +385,7 @@ def test_the_launcher_starts_the_papers_recipe_with_time_to_save(tmp_path, layou
     known = launch_command_parser().parse_args(words)
     assert Path(known.training_script).resolve() == ROOT / "train_sspo_sd.py"
     assert known.config_file is None or Path(known.config_file).exists()
-    args = SCRIPTS["sd"].parse_args(known.training_script_args)
+    args = EVERY["sd"].parse_args(known.training_script_args)
     processes = layout["GPUS"] * layout.get("MACHINES", 1)
     assert known.num_processes == processes
     assert args.train_batch_size * args.gradient_accumulation_steps * processes == 2048
