@@ -1319,14 +1319,19 @@ class RivalCache:
         """2. Self-sample, but for the rivals that are there: (b, ...) latents."""
         keys = [(reference, row, epoch % self.args.rivals_per_winner) for epoch, row in batch["keys"]]
         folder = self.bank.path(reference).with_suffix("") / self.folder
-        names = [f"row-{row}-{j}{'-uncaptioned' * drop}" for (_, row, j), drop in zip(keys, batch["dropped"])]
-        paths = [folder / f"{name}.safetensors" for name in names]
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
-        if missing:
+        names = [
+            f"row-{row}-{j}{'-uncaptioned' * drop}.safetensors" for (_, row, j), drop in zip(keys, batch["dropped"])
+        ]
+        kept = {path.name: path for path in folder.glob("*/*.safetensors")}
+        missing = [i for i, name in enumerate(names) if name not in kept]
+        if missing:  # kept all or none: what is sampled in a batch of another size may differ in its last bit
+            partial = folder / f"{len(kept)}.partial"
             rivals = sample_rivals(models, pick({**batch, "keys": keys}, missing), self.args, autocast)
             for i, rival in zip(missing, rivals.cpu()):
-                write_tensors(paths[i], {"rival": rival.contiguous()})
-        return torch.stack([load_file(path)["rival"] for path in paths]).to(batch["winner"].device)
+                write_tensors(partial / names[i], {"rival": rival.contiguous()})
+                kept[names[i]] = partial.with_suffix("") / names[i]
+            os.replace(partial, partial.with_suffix(""))
+        return torch.stack([load_file(kept[name])["rival"] for name in names]).to(batch["winner"].device)
 
 
 class LatentCache:

@@ -76,7 +76,7 @@ def test_kept_rivals_are_sampled_once(trains, monkeypatch, kind):
     )
     monkeypatch.setattr(train.script, "training_loss", lambda *a: (used.append(a[2]), training_loss(*a))[1])
     run = train(max_train_steps=12, replay_steps=100, **{k: v for k, v in KEPT.items() if k != "replay_steps"})
-    files = sorted((run.path / "replay" / "iteration-0" / "rank-0").glob("*.safetensors"))
+    files = sorted((run.path / "replay" / "iteration-0" / "rank-0").glob("*/*.safetensors"))
     assert len(files) == sum(sampled) < sum(len(batch["keys"]) for batch in used)
     rivals = {}
     for batch in used:
@@ -84,7 +84,8 @@ def test_kept_rivals_are_sampled_once(trains, monkeypatch, kind):
             rivals.setdefault((row, epoch % 2, dropped), []).append(rival)
     assert len(rivals) == len(files)
     for (row, j, dropped), same in rivals.items():
-        file = files[0].parent / f"row-{row}-{j}{'-uncaptioned' if dropped else ''}.safetensors"
+        name = f"row-{row}-{j}{'-uncaptioned' if dropped else ''}.safetensors"
+        (file,) = (path for path in files if path.name == name)
         assert all(torch.equal(rival, load_file(file)["rival"]) for rival in same)
     first = next(iter(rivals.values()))[0]
     assert all(not torch.equal(first, other[0]) for other in list(rivals.values())[1:]), "each is another one"
