@@ -1571,7 +1571,7 @@ def write_tensors(path, tensors, metadata=None):
 class RivalCache:
     """
     The rivals that --rivals_per_winner uses again: a file each, in a folder for each reference beside its entry in the
-    bank, with which it goes. 64 KiB a rival of Stable Diffusion 1.5 at 512 x 512.
+    bank, with which it is deleted. 64 KiB a rival of Stable Diffusion 1.5 at 512 x 512.
 
     The rival of row r in epoch e is number j = e mod rivals_per_winner, keyed by (reference, r, j). Each process keeps
     its own: what another sampled in a batch of another size may differ in its last bit.
@@ -1850,7 +1850,7 @@ def save_checkpoint(accelerator, args, record):
     try:
         accelerator.save_state(partial)
     except RuntimeError as error:  # so torch.save calls a full disk
-        raise OSError(f"{partial} cannot be written: {one_line(error)}") from error
+        raise OSError(f"{partial} cannot be written, is the disk full? {one_line(error)}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "run.json").write_text(json.dumps(record, indent=1))
@@ -2257,11 +2257,14 @@ def main(args):
     )
     with catch_signals(accelerator) as signalled, progress:
         while not (stopped := signalled()):  # all processes meet here, and what the main one wrote is there for all
-            due = step % args.validation_steps == 0 or step == args.max_train_steps
-            if validating and step > 0 and due:  # at the top, so that a run that was killed in it repeats it
-                policy_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
-                rows = [row for pair in zip(base_samples, policy_samples) for row in pair]
-                write_samples(rows, args, step, accelerator.trackers)
+            due = step > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
+            if args.validation_prompts and due:  # at the top, so that a run that was killed in it repeats it
+                if validating:
+                    policy_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
+                    rows = [row for pair in zip(base_samples, policy_samples) for row in pair]
+                    write_samples(rows, args, step, accelerator.trackers)
+                if step < args.max_train_steps and (stopped := signalled()):  # it may have taken minutes
+                    break
             if step >= args.max_train_steps:
                 break
             started, rollout_time, totals = time.perf_counter(), 0.0, {}
@@ -2333,7 +2336,7 @@ def main(args):
             save_checkpoint(accelerator, args, record)
 
     if stopped:
-        logger.info(f"Stopped by a signal; --resume_from_checkpoint latest goes on from update {step}.")
+        logger.info(f"Stopped by a signal; --resume_from_checkpoint latest resumes after update {step}.")
     elif accelerator.is_main_process:
         write_result(models, args, step)
         if args.push_to_hub:

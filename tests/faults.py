@@ -73,7 +73,7 @@ SIGNALS = {
     "a push": (("ReplayBank", "push", 3, "before"), 4),
     "an update that is due for validation": ((None, "training_loss", 3, "before"), 3),
     "writing a checkpoint": ((None, "save_denoiser", 2, "before"), 6),
-    "validation": ((None, "draw_samples", 3, "before"), 7),
+    "validation": ((None, "draw_samples", 3, "before"), 6),
     "the last update": ((None, "training_loss", 9, "before"), 9),
     "the last validation": ((None, "draw_samples", 4, "before"), None),
     "reading the checkpoint": ((None, "make_accelerator", 1, "before"), 0),

@@ -133,7 +133,7 @@ def test_stopped_run_is_resumed_as_if_never_stopped(train, number):
         assert process.returncode == 128 + number
         assert (run.path / f"checkpoint-{stopped_at}").is_dir()
         assert "Traceback" not in output
-        assert f"--resume_from_checkpoint latest goes on from update {stopped_at}." in output
+        assert f"--resume_from_checkpoint latest resumes after update {stopped_at}." in output
     assert not (run.path / "pytorch_lora_weights.safetensors").exists()
 
     options["max_train_steps"] = stopped_at + 4
