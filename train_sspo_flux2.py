@@ -1561,8 +1561,8 @@ class LatentCache:
 # Checkpoints
 # ------------------------------------------------------------------------------------------------------------------
 
-# What a resumed run may change. Anything else would make it another run, and is refused. The batch may be laid out
-# anew as long as its global size stays.
+# What a resumed run may change. Anything else would make it another run, and is refused. The batch may have another
+# layout as long as its global size stays.
 # Copied from train_sspo_sd.FREE_TO_CHANGE
 FREE_TO_CHANGE = set(
     "cache_dir dataloader_num_workers on_bad_example rollout_batch_size train_batch_size gradient_accumulation_steps "

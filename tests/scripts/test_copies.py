@@ -1,6 +1,7 @@
 """The scripts stand alone, share what they share to the letter, differ in the pipeline, and put the method first."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -40,6 +41,11 @@ class Script:
     def text(self, node):
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
         return "\n".join(self.lines[first - 1 : node.end_lineno]), self.lines[first - 2]
+
+    def comment(self, node):
+        """The lines of comment right above `node`."""
+        above = reversed(self.lines[: node.lineno - 1])
+        return list(itertools.takewhile(lambda line: line.startswith("#"), above))
 
     @property
     def definitions(self):
@@ -106,6 +112,7 @@ def test_siblings_differ_in_the_pipeline_alone(path):
             assert isinstance(node, ast.Assign) and text == original.text(theirs[name])[0], (
                 f"{name}: mark it as copied"
             )
+            assert sibling.comment(node) == original.comment(theirs[name]), f"what is said of {name} has drifted"
     assert ast.unparse(sibling.body[-1]) == ast.unparse(original.body[-1]), "how errors end the program"
 
 
