@@ -43,9 +43,10 @@ class Script:
         return "\n".join(self.lines[first - 1 : node.end_lineno]), self.lines[first - 2]
 
     def comment(self, node):
-        """The lines of comment right above `node`."""
-        above = reversed(self.lines[: node.lineno - 1])
-        return list(itertools.takewhile(lambda line: line.startswith("#"), above))
+        """The lines of comment right above `node`, but for the mark of a copy."""
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        above = itertools.takewhile(lambda line: line.startswith("#"), reversed(self.lines[: first - 1]))
+        return [line for line in above if not line.startswith("# Copied from ")]
 
     @property
     def definitions(self):
@@ -105,6 +106,7 @@ def test_siblings_differ_in_the_pipeline_alone(path):
         if above == f"# Copied from {ORIGINAL}.{name}":
             assert text == original.text(theirs[name])[0], f"{name} has drifted"
             assert here == original.section(theirs[name]), f"{name} has moved"
+            assert sibling.comment(node) == original.comment(theirs[name]), f"what is said of {name} has drifted"
         elif here == replaced:
             same = name in theirs and text == original.text(theirs[name])[0]
             assert not same or isinstance(node, ast.Assign), f"{name} is the same: mark it as copied"
@@ -112,7 +114,6 @@ def test_siblings_differ_in_the_pipeline_alone(path):
             assert isinstance(node, ast.Assign) and text == original.text(theirs[name])[0], (
                 f"{name}: mark it as copied"
             )
-            assert sibling.comment(node) == original.comment(theirs[name]), f"what is said of {name} has drifted"
     assert ast.unparse(sibling.body[-1]) == ast.unparse(original.body[-1]), "how errors end the program"
 
 
