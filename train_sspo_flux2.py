@@ -2202,9 +2202,8 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[
-            -1
-        ]  # a loader's comes with its traceback
+        # What a loader process raises comes with its traceback: the message is behind the last name of its class.
+        message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
         advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
     except (OSError, SafetensorError) as error:  # a full or read-only disk: files are written beside their place

@@ -16,6 +16,7 @@ import csv
 import fcntl
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -508,6 +509,9 @@ def carry_out(run):
     record |= {"stage": run.stage, "winners": len(CAPTIONS[HELD_OUT:]) * PER_CAPTION, "degraded": run.share}
     record |= {"flags": run.flags() if ROWS[run.row].trained else {}, **provenance()}
     record["date"] = time.strftime("%Y-%m-%d %H:%M")
+    if run.task != "start":  # made again on another machine it may differ in its last bits
+        unet = start_folder(run) / "unet" / "diffusion_pytorch_model.safetensors"
+        record["start"] = hashlib.sha256(unet.read_bytes()).hexdigest()[:12]
     with contextlib.ExitStack() as stack:
         if run.task == "start":
             folder = WORK / "starts" / f"{run.name}.partial"
@@ -543,7 +547,7 @@ def carry_out(run):
 # ------------------------------------------------------------------------------------------------------------------
 
 RUNS = ("run", "task", "stage", "base", "row", "seed", "winners", "degraded", "flags", "seconds", "forwards")
-RUNS += ("backwards", "error", "commit", "versions", "cpu", "date")
+RUNS += ("backwards", "error", "start", "commit", "versions", "cpu", "date")
 LINES = ("run", "model", "guidance", "part", "caption", "mmd", "precision", "recall", "memorisation", "score")
 LINES += ("second score",)
 JUDGED = ("run", "model", "guidance", "part", "caption", "noise", "clean", "right", "second clean", "second right")
