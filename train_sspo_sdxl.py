@@ -85,6 +85,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
+    GradScalerKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -284,27 +285,6 @@ def self_sample(
 def join(*conditions):
     """Batches of conditions, one after the other."""
     return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
-
-
-# Copied from train_sspo_sd.stock_precision
-@contextmanager
-def stock_precision(models, autocast):
-    """
-    2. Self-sample. For that time the denoiser runs as in the stock pipeline: without autocast, LoRA's adapters in the
-    precision of the base. They are cast once for all steps; the policy's own weights are not touched.
-
-    What is trained in full has fp32 weights and runs under autocast: a copy in half precision would cost memory.
-    """
-    places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
-    trained = [part.weight for _, part in places]
-    try:
-        for layer, part in places:
-            part.weight = torch.nn.Parameter(part.weight.to(layer.weight.dtype), requires_grad=False)
-        with nullcontext() if places else autocast():
-            yield
-    finally:
-        for (_, part), weight in zip(places, trained):
-            part.weight = weight
 
 
 # Copied from train_sspo_sd.sample_rivals
@@ -1926,6 +1906,9 @@ def push_to_hub(args):
 # Copied from train_sspo_sd.make_accelerator
 def make_accelerator(args):
     """Accelerate and the loggers. Raises UserError where accelerate is configured for what was never tried."""
+    # fp16's scale begins at PyTorch's 2^16 for a plain denoising error. The loss begins beta/4 times as steep: its
+    # gradients would overflow, and each update that is skipped has cost all its sampling.
+    steepness = max(args.beta_dpo / 4, 1) if args.loss_type == "sspo" else 1
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1936,6 +1919,7 @@ def make_accelerator(args):
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
+                GradScalerKwargs(init_scale=2.0 ** round(16 - math.log2(steepness))),
             ],
         )
     except ValueError as error:
@@ -2015,6 +1999,27 @@ def prepare_denoiser(models, args, device):
     if args.gradient_checkpointing:
         checkpoint_gradients(denoiser)
     denoiser.eval()
+
+
+# Copied from train_sspo_sd.stock_precision
+@contextmanager
+def stock_precision(models, autocast):
+    """
+    While it is entered the denoiser runs as in the stock pipeline: without autocast, LoRA's adapters in the precision
+    of the base. They are cast once for all steps of a sample; the parameters that the optimizer holds are not touched.
+
+    What is trained in full has fp32 weights and runs under autocast: a copy in half precision would cost memory.
+    """
+    places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
+    trained = [part.weight for _, part in places]
+    try:
+        for layer, part in places:
+            part.weight = torch.nn.Parameter(part.weight.to(layer.weight.dtype), requires_grad=False)
+        with nullcontext() if places else autocast():
+            yield
+    finally:
+        for (_, part), weight in zip(places, trained):
+            part.weight = weight
 
 
 # Copied from train_sspo_sd.policy_weights
