@@ -62,7 +62,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -85,6 +85,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
+    GradScalerKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -251,7 +252,7 @@ def self_sample(
     Args:
         denoiser: with the reference's weights.
         scheduler: a diffusers scheduler of the model's noise schedule.
-        noise: (b, ...) standard normal, fp32.
+        noise: (b, ...) standard normal, in the precision that latents have between two steps.
         condition, unconditional: batches of conditions of length b; the second is for guidance.
         steps, guidance_scale: as in the pipeline; a guidance of 1 or less means none.
         winners, strength: with strength < 1, start from the winners' latents noised to that strength, as
@@ -268,7 +269,7 @@ def self_sample(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
     if strength < 1:
-        latents = scheduler.add_noise(winners, noise, timesteps[:1].expand(len(noise)))
+        latents = scheduler.add_noise(winners.to(noise.dtype), noise, timesteps[:1].expand(len(noise)))
     for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
         noisy = torch.cat([latents, latents]) if guided else latents
         noisy = scheduler.scale_model_input(noisy, timestep)
@@ -277,7 +278,7 @@ def self_sample(
             without, with_caption = prediction.chunk(2)
             prediction = without + guidance_scale * (with_caption - without)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
-    return latents
+    return latents.float()
 
 
 # Copied from train_sspo_sd.join
@@ -288,11 +289,12 @@ def join(*conditions):
 
 # Copied from train_sspo_sd.sample_rivals
 def sample_rivals(models, batch, args, autocast):
-    """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents."""
+    """2. Self-sample: the rivals of one batch of winners (see collate), (b, ...) latents, fp32."""
     winners = batch["winner"]
-    noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:]).to(winners.device)
+    noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:])
+    noise = noise.to(winners.device, rollout_dtype(models, args))
     settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
-    with as_reference(models) as reference, autocast():
+    with as_reference(models) as reference, stock_precision(models, autocast):
         scheduler = rollout_scheduler(models, args)
         return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
 
@@ -945,13 +947,19 @@ def denoising_target(models, latents, noise, timesteps):
 
 
 def predict(denoiser, noisy, timesteps, condition):
-    """The denoiser's prediction in fp32, in the shape of `noisy`."""
+    """The denoiser's prediction, in the shape and precision of `noisy`."""
     return denoiser(
         noisy,
         timesteps,
         encoder_hidden_states=condition["prompt_embeds"],
         added_cond_kwargs={"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]},
-    ).sample.float()
+    ).sample.to(noisy.dtype)
+
+
+# Copied from train_sspo_sd.rollout_dtype
+def rollout_dtype(models, args):
+    """The precision that a rival's latents have between two steps: that of the stock pipeline."""
+    return models.denoiser.dtype if args.train_mode == "lora" else torch.float32
 
 
 # Copied from train_sspo_sd.rollout_scheduler
@@ -1803,11 +1811,12 @@ def draw_samples(models, prompts, empty_prompt, args, accelerator):
     for start in range(0, len(places), args.rollout_batch_size):
         piece = places[start : start + args.rollout_batch_size]
         rows = [{**uncropped(args), **prompts[prompt]} for prompt, _ in piece]
-        with accelerator.autocast():
+        noise = keyed_noise("validation", args.seed, piece, latent_shape(models, args))
+        with stock_precision(models, accelerator.autocast):
             latents = self_sample(
                 models.denoiser,
                 rollout_scheduler(models, args),
-                keyed_noise("validation", args.seed, piece, latent_shape(models, args)).to(device),
+                noise.to(device, rollout_dtype(models, args)),
                 collate_condition(rows, device),
                 collate_condition([{**row, **empty_prompt} for row in rows], device),
                 args.rollout_steps,
@@ -1897,6 +1906,9 @@ def push_to_hub(args):
 # Copied from train_sspo_sd.make_accelerator
 def make_accelerator(args):
     """Accelerate and the loggers. Raises UserError where accelerate is configured for what was never tried."""
+    # fp16's scale begins at PyTorch's 2^16 for a plain denoising error. The loss begins beta/4 times as steep: its
+    # gradients would overflow, and each update that is skipped has cost all its sampling.
+    steepness = max(args.beta_dpo / 4, 1) if args.loss_type == "sspo" else 1
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1907,6 +1919,7 @@ def make_accelerator(args):
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
+                GradScalerKwargs(init_scale=2.0 ** round(16 - math.log2(steepness))),
             ],
         )
     except ValueError as error:
@@ -1986,6 +1999,27 @@ def prepare_denoiser(models, args, device):
     if args.gradient_checkpointing:
         checkpoint_gradients(denoiser)
     denoiser.eval()
+
+
+# Copied from train_sspo_sd.stock_precision
+@contextmanager
+def stock_precision(models, autocast):
+    """
+    While it is entered the denoiser runs as in the stock pipeline: without autocast, LoRA's adapters in the precision
+    of the base. They are cast once for all steps of a sample; the parameters that the optimizer holds are not touched.
+
+    What is trained in full has fp32 weights and runs under autocast: a copy in half precision would cost memory.
+    """
+    places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
+    trained = [part.weight for _, part in places]
+    try:
+        for layer, part in places:
+            part.weight = torch.nn.Parameter(part.weight.to(layer.weight.dtype), requires_grad=False)
+        with nullcontext() if places else autocast():
+            yield
+    finally:
+        for (_, part), weight in zip(places, trained):
+            part.weight = weight
 
 
 # Copied from train_sspo_sd.policy_weights
@@ -2093,6 +2127,7 @@ def main(args):
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
     optimizer, schedule = make_optimizer(trained, args)
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
+    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # no autocast but where the code says so
     register_checkpoint_hooks(accelerator, models, args)
     if validating:  # before a checkpoint is loaded: the policy is still the base
         base_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers import ROOT, flags
 
+import train_sspo_sd
 import train_sspo_video
 
 
@@ -144,3 +145,18 @@ def test_launch_sh_leaves_time_for_a_checkpoint(tmp_path):
     script = ROOT / "examples" / "multi_gpu" / "launch.sh"
     told = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout == "600\n"
+
+
+@pytest.mark.parametrize("beta, start", [(2000, 2**7), (200, 2**10), (4, 2**16), (1, 2**16)])
+def test_the_scaler_starts_where_a_plain_error_would_have_its_usual_start(tmp_path, beta, start):
+    """At the start the loss is beta / 4 times as steep as the error it is made of, by autograd's word."""
+    args = train_sspo_sd.parse_args(flags("unused", "unused", tmp_path, beta_dpo=beta))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert train_sspo_sd.make_accelerator(args).scaler_handler.init_scale == start
+    error = torch.tensor([0.5], requires_grad=True)
+    loss, _ = train_sspo_sd.sspo_loss(error, *[torch.tensor([0.5])] * 3, beta)
+    loss.backward()
+    assert start * max(error.grad.item(), 1) == pytest.approx(2**16, rel=0.5)
+    args.loss_type = "sft"
+    assert train_sspo_sd.make_accelerator(args).scaler_handler.init_scale == 2**16

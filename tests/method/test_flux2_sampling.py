@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import tiny
 import torch
 from diffusers import Flux2KleinPipeline
 from helpers import flags
@@ -83,6 +84,26 @@ def test_rival_is_what_the_stock_pipeline_samples(load, pipeline, guidance, reso
     assert (pipeline._unpatchify_latents(ours * std + mean) - theirs).abs().max() < 1e-5
     assert (ours - noise).abs().max() > 0.1
     assert (ours[0] - sample(models, args, noise[:1].expand_as(noise))[1]).abs().max() > 1e-3, "captions matter"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_in_half_precision_rivals_are_the_stock_pipelines_to_the_bit(trains, flux2, monkeypatch, guidance):
+    """Of LoRA in bf16, from the base in update 1 and then from the policy of the update before (see test_sampling)."""
+    batches, drawn, loss = [], [], script.training_loss
+    monkeypatch.setattr(script, "training_loss", lambda *a: batches.append(dict(a[2])) or loss(*a))
+    train = dict(replay_steps=1, checkpointing_steps=1, max_train_steps=3, reference="latest", learning_rate=1e-2)
+    run = trains["flux2"](mixed_precision="bf16", rollout_guidance_scale=guidance, **train)
+    for step, batch in enumerate(batches):
+        pipeline = Flux2KleinPipeline.from_pretrained(flux2, dtype=torch.bfloat16)
+        pipeline.set_progress_bar_config(disable=True)
+        if step:
+            pipeline.load_lora_weights(run.path / f"checkpoint-{step}")
+        noise = script.keyed_noise("rival", 0, batch["keys"], batch["winner"].shape[1:]).bfloat16()
+        options = dict(num_inference_steps=3, guidance_scale=guidance, height=64, width=64, output_type="latent")
+        unpack = pipeline._unpack_latents_with_ids  # the last that is in training space
+        pipeline._unpack_latents_with_ids = lambda *a, unpack=unpack: drawn.append(unpack(*a)) or drawn[-1]
+        pipeline(prompt=[tiny.CAPTIONS[row] for _, row in batch["keys"]], latents=noise, **options)
+        assert torch.equal(batch["rival"], drawn[-1].float())
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.8])

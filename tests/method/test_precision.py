@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import MotionAdapter
-from helpers import SCRIPTS
+from helpers import SCRIPTS, keep_models
+from safetensors.torch import load_file
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -51,3 +52,52 @@ def test_adapters_take_activations_as_they_are(script, load):
     with torch.autocast("cpu", torch.bfloat16):
         script.predict(models.denoiser, latents, torch.tensor([500]), script.collate_condition(rows, "cpu"))
     assert len(taken) >= 8 and set(taken) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_lora_samples_in_the_precision_of_its_base_and_learns_in_its_own(each, monkeypatch, mode):
+    """Adapters are in half precision for the sampler's calls alone; full training has autocast in all of them."""
+    script, calls = each.script, {"sampler": set(), "loss": set()}
+    predict, sample, policies = script.predict, script.self_sample, keep_models(monkeypatch, script)
+    names = ["loss"]
+
+    def watched_predict(denoiser, noisy, timesteps, condition):
+        def look(*_):  # inside the denoiser's forward, which accelerate may have wrapped
+            trained = {p.dtype for name, p in denoiser.named_parameters() if mode == "full" or ".lora_" in name}
+            calls[names[-1]].add((torch.is_autocast_enabled("cpu"), noisy.dtype, torch.float32 in trained))
+
+        hook = denoiser.conv_in.register_forward_pre_hook(look)
+        prediction = predict(denoiser, noisy, timesteps, condition)
+        hook.remove()
+        return prediction
+
+    def watched_sample(*args, **kwargs):
+        names.append("sampler")
+        latents = sample(*args, **kwargs)
+        names.pop()
+        assert latents.dtype == torch.float32
+        return latents
+
+    monkeypatch.setattr(script, "predict", watched_predict)
+    monkeypatch.setattr(script, "self_sample", watched_sample)
+    options = dict(reference="latest", replay_steps=1, max_train_steps=2)
+    options |= dict(validation_prompts=["a red circle"], validation_steps=1)
+    run = each(mixed_precision="bf16", train_mode=mode, **options)
+    half, autocast = (False, torch.bfloat16, False), (True, torch.float32, True)
+    assert calls == {"sampler": {half if mode == "lora" else autocast}, "loss": {autocast}}
+    assert {p.dtype for p in policies[0].denoiser.parameters() if p.requires_grad} == {torch.float32}
+    first, last = (load_file(run.path / "replay" / f"iteration-{i}.safetensors") for i in (0, 2))
+    assert any(not torch.equal(first[name], last[name]) for name in first), "the policy has learned"
+
+
+def test_adapters_are_the_same_parameters_after_sampling(script, load):
+    """The optimizer and data parallel hold them: their objects, and every bit. Also after an error."""
+    args, models = load(script, torch.bfloat16)
+    script.prepare_denoiser(models, args, "cpu")
+    before = {name: (parameter, parameter.clone()) for name, parameter in models.denoiser.named_parameters()}
+    with pytest.raises(MemoryError), script.stock_precision(models, None):
+        assert {parameter.dtype for parameter in models.denoiser.parameters()} == {torch.bfloat16}
+        raise MemoryError
+    after = dict(models.denoiser.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is parameter and torch.equal(parameter, copy) for name, (parameter, copy) in before.items())

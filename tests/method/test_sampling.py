@@ -1,5 +1,7 @@
 """Self-sampling, and the reference of a run, against the stock pipelines."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -43,12 +45,13 @@ def model(request):
     return script, named, request.param
 
 
-def stock(name, args, from_winners=False, adapter=None):
+def stock(name, args, from_winners=False, adapter=None, dtype=torch.float32):
     """The stock pipeline, with the sampler that the flags name."""
     motion = {}
     if name == "video":
-        motion = dict(motion_adapter=MotionAdapter.from_pretrained(adapter or args.motion_adapter_name_or_path))
-    pipeline = STOCK[name][from_winners].from_pretrained(args.pretrained_model_name_or_path, **motion)
+        adapter = MotionAdapter.from_pretrained(adapter or args.motion_adapter_name_or_path, dtype=dtype)
+        motion = dict(motion_adapter=adapter)
+    pipeline = STOCK[name][from_winners].from_pretrained(args.pretrained_model_name_or_path, dtype=dtype, **motion)
     assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
     schedule = LINEAR if name == "video" else pipeline.scheduler.config
     pipeline.scheduler = SCHEDULERS[args.rollout_scheduler].from_config(schedule)
@@ -177,6 +180,39 @@ def test_reference_of_a_run_is_the_kept_checkpoint(trains, load, monkeypatch, ki
             error = script.denoising_errors(models.denoiser, models, *draws).mean()
         assert abs(logged[f"gap/{half}"]) > 1e-5
         assert error.item() == pytest.approx(logged[f"mse/policy_{half}"] - logged[f"gap/{half}"], abs=1e-6)
+
+
+# AnimateDiff's video-to-video pipeline adds no noise to the latents that it takes.
+@pytest.mark.parametrize("kind, strength", [("sd", 1.0), ("sd", 0.7), ("sdxl", 1.0), ("sdxl", 0.7), ("video", 1.0)])
+def test_in_half_precision_rivals_are_the_stock_pipelines_to_the_bit(trains, load, monkeypatch, kind, strength):
+    """
+    Of LoRA in bf16: the stock pipeline in bf16, without autocast, that has loaded the weights which the iteration's
+    reference was saved with. Update 1 samples from the base, each later one from the policy of the update before.
+    """
+    script, batches = SCRIPTS[kind], []
+    loss = script.training_loss
+    monkeypatch.setattr(script, "training_loss", lambda *a: batches.append(dict(a[2])) or loss(*a))
+    options = dict(rollout_guidance_scale=3.0, rollout_steps=4, rollout_strength=strength)
+    train = dict(replay_steps=1, checkpointing_steps=1, max_train_steps=3, reference="latest", learning_rate=1e-2)
+    run = trains[kind](mixed_precision="bf16", **train, **options)
+    args, models = load(script, **options)
+    told = dict(original_size=(64, 72), crops_coords_top_left=(0, 4), target_size=(64, 64))  # bf16 has these numbers
+    for step, batch in enumerate(batches):
+        pipeline = stock(kind, args, from_winners=strength < 1, dtype=torch.bfloat16)
+        if step:
+            pipeline.load_lora_weights(run.path / f"checkpoint-{step}")
+        captions = [tiny.CAPTIONS[row] for _, row in batch["keys"]]
+        noise = script.keyed_noise("rival", 0, batch["keys"], batch["winner"].shape[1:]).bfloat16()
+        if strength == 1:
+            given = dict(latents=noise.clone(), **size(script, kind, args))
+        else:
+            given = dict(image=batch["winner"].bfloat16(), strength=strength)
+            module = sys.modules[type(pipeline).__module__]
+            monkeypatch.setattr(module, "randn_tensor", lambda *_, noise=noise, **__: noise)
+        theirs = drawn(pipeline, kind, args, captions, told, **given)
+        assert theirs.dtype == torch.bfloat16 and batch["rival"].dtype == torch.float32
+        assert torch.equal(batch["rival"], theirs.float())
+    assert run.column("reference/index") == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind, name", [("sd", "sd"), ("sdxl", "sdxl"), ("sdxl", "sdxl_words"), ("video", "video")])
