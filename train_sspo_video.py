@@ -47,7 +47,7 @@ sampled from pure noise (arXiv 2506.03517, appendix C.4). implicit_accuracy is t
         --motion_adapter_name_or_path guoyww/animatediff-motion-adapter-v1-5-3 \
         --train_data_dir path/to/clips --mixed_precision fp16 --cache_latents --gradient_checkpointing \
         --train_batch_size 1 --gradient_accumulation_steps 16 --rollout_batch_size 2 --rollout_strength 0.7 \
-        --validation_prompts "a rose opens, time-lapse" --output_dir sspo-animatediff
+        --learning_rate 1e-4 --validation_prompts "a rose opens, time-lapse" --output_dir sspo-animatediff
 """
 
 import argparse
@@ -514,7 +514,7 @@ def add_shared_arguments(parser):
         help="What a winner that cannot be read does. skip: the log names it, and the run does without it.")
     add("--cache_latents", action="store_true",
         help="Encode winners and captions once, to disk, and take the VAE and the text encoder off the accelerator. "
-        "Crop and flip are then drawn once a row instead of once an epoch.")
+        "Crop, flip and one of several captions are then drawn once a row instead of once an epoch.")
 
     add = parser.add_argument_group("SSPO").add_argument
     add("--train_mode", choices=["lora", "full"], default="lora",
@@ -555,11 +555,12 @@ def add_shared_arguments(parser):
         help="Below 1 the rival starts from the winner noised to this strength, not from pure noise: closer rivals, "
         "fewer sampler steps.")
     add("--rank", type=natural, default=8, help="Rank of the LoRA adapters.")
-    add("--lora_alpha", type=positive, help="Scale of the adapters, times the rank. Default: the rank.")
+    add("--lora_alpha", type=positive, help="The adapters are scaled by lora_alpha / rank. Default: the rank.")
     add("--lora_layers", help=f"Layers that get adapters, comma separated. Default: {LORA_LAYERS}.")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=int, default=0, help="Every random draw follows from it, on any layout of hardware.")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="Every random draw follows from it, on any layout of hardware.")
     add("--train_batch_size", type=natural, default=4, help="Pairs in a micro-batch, a process.")
     add("--gradient_accumulation_steps", type=natural, default=1, help="Micro-batches in an update.")
     add("--max_train_steps", type=natural, help="Updates. Default: 210, the paper's seven iterations.")
@@ -571,13 +572,14 @@ def add_shared_arguments(parser):
     add("--learning_rate", type=positive, default=1e-5, help="Peak learning rate.")
     add("--lr_scheduler", default="constant", help="Schedule of the rate.",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
-    add("--lr_warmup_steps", type=not_negative, default=0, help="Updates of warm-up.")
+    add("--lr_warmup_steps", type=not_negative, default=0, help="Updates of warm-up, of every schedule but constant.")
+    add("--lr_num_cycles", type=natural, default=1, help="Cycles of cosine_with_restarts.")
     add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="Adafactor needs the least memory.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's decay of the first moment.")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of the second moment.")
-    add("--adam_weight_decay", type=float, default=1e-2, help="Weight decay, Adafactor's too.")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
+    add("--adam_beta1", type=share, default=0.9, help="AdamW's decay of the first moment.")
+    add("--adam_beta2", type=share, default=0.999, help="AdamW's decay of the second moment.")
+    add("--adam_weight_decay", type=factor, default=1e-2, help="Weight decay, Adafactor's too.")
+    add("--adam_epsilon", type=factor, default=1e-8, help="AdamW's epsilon.")
     add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Default: as accelerate is configured. Errors and loss are fp32 in any case.")
@@ -587,7 +589,9 @@ def add_shared_arguments(parser):
     add("--output_dir", default="sspo-model", help="Where all that a run leaves is written.")
     add("--checkpointing_steps", type=natural, default=100, help="Updates between two checkpoints.")
     add("--checkpoints_total_limit", type=natural, help="Checkpoints kept. Default: all.")
-    add("--resume_from_checkpoint", help='Folder of a checkpoint, or "latest".')
+    add("--resume_from_checkpoint",
+        help='Folder of a checkpoint, or "latest". Later checkpoints in --output_dir are deleted: the run makes them '
+        "again.")
     add("--validation_prompts", nargs="+", help="Captions of the pictures in samples/.")
     add("--validation_steps", type=natural, default=50, help="Updates between two sets of samples.")
     add("--num_validation_images", type=natural, default=1, help="Samples of each validation prompt.")
@@ -652,6 +656,8 @@ def check_args(args):
         raise UserError("--cache_latents needs the whole data set: drop it, or --streaming")
     if args.streaming and args.max_train_steps is None:
         raise UserError("--streaming does not know how long an epoch is: give --max_train_steps")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise UserError("--lr_scheduler constant has no warm-up: give constant_with_warmup, or drop --lr_warmup_steps")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError("--use_8bit_adam is a kind of adamw: drop it, or --optimizer adafactor")
 
@@ -1049,8 +1055,8 @@ def latent_shape(models, args):
 # Copied from train_sspo_sd.draw_timesteps
 def draw_timesteps(models, generator, draws):
     """
-    `draws` timesteps, each uniform over 0..T-1. Several come one from each of as many equal parts of the schedule:
-    a pair's gradient is less noisy, for nothing (docs/method.md).
+    `draws` timesteps, together uniform over 0..T-1. Several come one from each of as many equal parts of the
+    schedule: a pair's gradient is less noisy, for nothing (docs/method.md).
     """
     total = models.noise_scheduler.config.num_train_timesteps
     if draws == 1:
@@ -1088,7 +1094,7 @@ def rollout_dtype(models, args):
 def rollout_scheduler(models, args):
     """A fresh sampler on the model's own noise schedule."""
     kind = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}[args.rollout_scheduler]
-    return kind.from_config(models.noise_scheduler.config)
+    return kind.from_config(models.noise_scheduler.config, clip_sample=False)  # ddim's default is for pixels
 
 
 def lora_targets(args):
@@ -1300,7 +1306,7 @@ class Winners:
                 return name
         raise UserError(
             f"the data set has no column {asked or ' or '.join(candidates)}: it has {', '.join(columns)}; "
-            f"name the one to use with --{what}_column"
+            f"name the one to use with --{what}_column, or give a folder a metadata.jsonl with file_name and text"
         )
 
     def __len__(self):
@@ -1371,7 +1377,8 @@ class Winners:
         if isinstance(caption, bytes):
             caption = caption.decode(errors="replace")
         if not isinstance(caption, str):
-            raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text")
+            why = " (an empty field, if this is a CSV file)" if caption is None else ""
+            raise BadExample(f"the caption in row {row}, column {self.caption_column}, is {caption!r}, not text{why}")
         return caption
 
 
@@ -1410,7 +1417,7 @@ class WinnerStream(torch.utils.data.IterableDataset):
     The sequence is the same for every layout: `world` x train_batch_size consecutive winners make one micro-batch of
     all processes, of which this one takes every `world`-th. No row is left over at the end of an epoch, and a data set
     smaller than a batch simply comes round again. With --on_bad_example skip the sequence does without what cannot be
-    read, so every process has to read all of it: little beside the sampling of the rivals.
+    read, so every process, and each of its loader processes, has to read all of it; --cache_latents reads it once.
 
     Args:
         load: makes an example of (epoch, row, what Winners.rows gave for it); Winners.load, or LatentCache.load.
@@ -1728,7 +1735,7 @@ FREE_TO_CHANGE = set(
     "max_train_steps num_train_epochs gradient_checkpointing split_pairs allow_tf32 "
     "enable_xformers_memory_efficient_attention output_dir checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint validation_prompts validation_steps num_validation_images validation_guidance_scale "
-    "report_to tracker_project_name push_to_hub hub_model_id dataset_name train_data_dir "
+    "report_to tracker_project_name push_to_hub hub_model_id output_kohya_format dataset_name train_data_dir "
     "pretrained_model_name_or_path pretrained_vae_model_name_or_path motion_adapter_name_or_path".split()
 )
 
@@ -1883,7 +1890,8 @@ def clean_up(output_dir, step):
         if made > step:  # `latest` would take it at the next restart
             logger.info(f"{checkpoint} came after the one that is resumed from, and is deleted.")
             os.replace(checkpoint, checkpoint.with_suffix(".partial"))
-    for leftover in list(Path(output_dir).glob("**/*.partial")):
+    ours = ("*.partial", "replay/**/*.partial", "cache/**/*.partial")
+    for leftover in [path for pattern in ours for path in Path(output_dir).glob(pattern)]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if step == 0:
         shutil.rmtree(Path(output_dir, "replay"), ignore_errors=True)
@@ -2015,18 +2023,30 @@ def write_result(models, args, step):
     partial.rmdir()
 
 
-# Copied from train_sspo_sd.push_to_hub
-def push_to_hub(args):
-    """Uploads the result, with the login of the machine or HF_TOKEN. Raises UserError if the hub does not take it."""
+# Copied from train_sspo_sd.open_repository
+def open_repository(args):
+    """
+    The name of the hub's repository for --push_to_hub, made if it is missing, with the login of the machine or
+    HF_TOKEN. Raises UserError if the hub refuses: now, and not when the run is over.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        repository = create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
+        return create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # of the hub, of the network below it, of the token
+        raise UserError(f"--push_to_hub cannot use the repository {name}: {one_line(error)}") from error
+
+
+# Copied from train_sspo_sd.push_to_hub
+def push_to_hub(args, repository):
+    """Uploads the result. Raises UserError if the hub does not take it."""
+    try:
         upload_folder(
             repo_id=repository,
             folder_path=args.output_dir,
             commit_message="SSPO training",
             ignore_patterns=["checkpoint-*", "replay/*", "cache/*", "logs/*"],
         )
-    except Exception as error:  # of the hub, of the network below it, of the token
+    except Exception as error:  # as above
         raise UserError(
             f"the result is in {args.output_dir}, but the hub did not take it: {one_line(error)}"
         ) from error
@@ -2114,7 +2134,7 @@ def prepare_denoiser(models, args, device):
         try:
             denoiser.add_adapter(config, adapter_name=POLICY)
         except ValueError as error:
-            raise UserError(f"--lora_layers {args.lora_layers} cannot be had: {one_line(error)}") from error
+            raise UserError(f"--lora_layers {args.lora_layers} fits no layer: {one_line(error)}") from error
         cast_training_params(denoiser, torch.float32)
         models.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         for layer in models.adapted_layers:
@@ -2195,7 +2215,7 @@ def make_optimizer(parameters, args):
             eps=args.adam_epsilon,
         )
     steps = dict(num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps)
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles)
 
 
 # Copied from train_sspo_sd.check_finite
@@ -2210,7 +2230,7 @@ def check_finite(step, metrics, args, accelerator):
     raise UserError(
         f"update {step} is not finite ({told}); the last good checkpoint is {good[-1] if good else 'none'}, to resume "
         "from if a fault of the machine was the cause; if not, restart in another --output_dir with a lower "
-        "--learning_rate or --beta_dpo"
+        f"--learning_rate or --beta_dpo{', or in bf16' if accelerator.mixed_precision == 'fp16' else ''}"
     )
 
 
@@ -2219,6 +2239,8 @@ def main(args):
     check_environment(args)
     accelerator = make_accelerator(args)
     check_output_dir(args, accelerator)
+    if args.push_to_hub and accelerator.is_main_process:
+        repository = open_repository(args)
     device, autocast, sspo = accelerator.device, accelerator.autocast, args.loss_type == "sspo"
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2375,7 +2397,7 @@ def main(args):
     elif accelerator.is_main_process:
         write_result(models, args, step)
         if args.push_to_hub:
-            push_to_hub(args)
+            push_to_hub(args, repository)
     accelerator.wait_for_everyone()
     # The wrapped policy must not outlive the process group: gloo's threads and Python would wait for each other.
     policy, optimizer, schedule = accelerator.free_memory(policy, optimizer, schedule)
@@ -2392,6 +2414,12 @@ if __name__ == "__main__":
         message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
         advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"{Path(__file__).name}: out of memory: lower --rollout_batch_size, --draws_per_pair or, with more "
+            "--gradient_accumulation_steps, --train_batch_size; or add --gradient_checkpointing, --cache_latents or "
+            f"--split_pairs ({one_line(error)})"
+        )
     except (OSError, SafetensorError) as error:  # a full or read-only disk: files are written beside their place
         sys.exit(f"{Path(__file__).name}: {one_line(error)}; fix it and add --resume_from_checkpoint latest")
     except KeyboardInterrupt:  # before there is anything to save, or the second one

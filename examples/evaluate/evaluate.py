@@ -16,8 +16,8 @@
 """
 Draws the same prompts with several models, from the same noise, scores the pictures, and compares each with the base.
 
-  1. Draw.     Each model draws every prompt with its stock pipeline. A picture's noise hangs on --seed, on the text of
-               its prompt and on its number, never on the model, the order of the prompts or the batch.
+  1. Draw.     Each model draws every prompt with its stock pipeline. A picture's noise depends on --seed, on its
+               prompt's text and on its number, never on the model, the order of the prompts or the batch.
   2. Score.    A scorer gives each picture a number; a clip's is the mean of its frames'.
   3. Compare.  Difference to the base and win rate against it (a tie is half a win), picture by picture: means over
                prompts of means over a prompt's pictures, with 95 % intervals by a paired bootstrap over the prompts.
@@ -593,7 +593,7 @@ def fingerprint(files):
 
 def find_base(args):
     """
-    The base as a Model. Settles the flags that hang on it: height, width, guidance and dtype.
+    The base as a Model. Settles the flags that depend on it: height, width, guidance and dtype.
 
     Raises:
         UserError: if the configurations of the base, or of its motion adapter, cannot be read.
@@ -686,7 +686,7 @@ def make_scheduler(scheduler, args):
     if args.prediction_type is not None:
         config["prediction_type"] = args.prediction_type
     kind = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}[args.scheduler]
-    return kind.from_config(config)
+    return kind.from_config(config, clip_sample=False)  # ddim's default is for pixels
 
 
 def load_weights(pipeline, path, args):
@@ -789,7 +789,7 @@ def read_picture(path):
         return frames
 
 
-# What pictures hang on, beside the weights: those drawn otherwise must not be mixed with them.
+# What pictures depend on, beside the weights: those drawn otherwise must not be mixed with them.
 PICTURE_SETTINGS = (
     "seed num_inference_steps guidance_scale scheduler height width num_frames dtype prediction_type lora_alpha "
     "variant revision pretrained_vae_model_name_or_path"

@@ -8,8 +8,9 @@
 #   MACHINES=8 RANK=0 ADDRESS=10.0.0.1 GPUS=8 MODEL=... DATA=... OUTPUT=... \
 #     examples/multi_gpu/launch.sh
 #
-# What stands behind the command goes to the script, and overrides what is here. The arithmetic, at MICRO=1, where
-# pairs = processes x micro-batch x accumulation is the global batch, which the results hang on, and its layout is free:
+# What stands behind the command goes to the script, and overrides what is here: --mixed_precision no, for one, or
+# --cache_latents where the winners fit the disk. The arithmetic, at MICRO=1, where pairs = processes x micro-batch x
+# accumulation is the global batch, on which the results depend, and its layout is free:
 #
 #   GPUs in all            1      8     16     64
 #   accumulation        2048    256    128     32      (the paper: 8 GPUs, micro-batch 1, accumulation 256)
@@ -26,6 +27,7 @@ ADDRESS=${ADDRESS:-127.0.0.1} # of machine 0
 PORT=${PORT:-29500}
 MICRO=${MICRO:-1}            # pairs in a micro-batch of one GPU: as many as its memory takes
 PAIRS=${PAIRS:-2048}         # the global batch
+PRECISION=${PRECISION:-bf16} # fp16 on cards before Ampere, no for fp32
 
 PROCESSES=$((GPUS * MACHINES))
 ACCUMULATION=$((PAIRS / (PROCESSES * MICRO)))
@@ -48,11 +50,12 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # Known of the paper: full fine-tuning, beta, N = --replay_steps, 7 iterations = 210 updates. Not published: the rate,
-# here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; and
-# the rivals' sampler, here the scripts' own.
+# here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; the
+# precision, here bf16; and the rivals' sampler, here the scripts' own.
 exec accelerate launch "${LAYOUT[@]}" --num_processes "$PROCESSES" "$SCRIPT" \
     --pretrained_model_name_or_path "$MODEL" --train_data_dir "$DATA" --output_dir "$OUTPUT" \
+    --mixed_precision "$PRECISION" --gradient_checkpointing \
     --train_mode full --beta_dpo 2000 --reference random --replay_steps 30 --max_train_steps 210 \
     --learning_rate 2e-5 --lr_scheduler constant_with_warmup --lr_warmup_steps 20 \
     --train_batch_size "$MICRO" --gradient_accumulation_steps "$ACCUMULATION" \
-    --checkpointing_steps 30 --resume_from_checkpoint latest "$@"
+    --checkpointing_steps 30 --checkpoints_total_limit 2 --resume_from_checkpoint latest "$@"

@@ -58,7 +58,6 @@ def training_command(args, extra):
         "seed": args.seed,
         "train_mode": "full",
         "learning_rate": 1e-3,
-        "lr_warmup_steps": 5,
         "train_batch_size": 4,
         "max_train_steps": 40,
         "ssr": "none",

@@ -57,7 +57,8 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # those that the tuning tries
 PICTURES = {"tuning": {"held out": 8}, "main": {"held out": 24, "aligned": 12}}  # of a caption
 PER_CAPTION = 100  # winners
 
-COMMON = {"resolution": 64, "train_mode": "full", "train_batch_size": 16, "lr_warmup_steps": 5}
+COMMON = {"resolution": 64, "train_mode": "full", "train_batch_size": 16}
+COMMON |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5}
 COMMON |= {"mixed_precision": "no", "report_to": "none", "checkpointing_steps": 1_000_000}
 SFT = {"loss_type": "sft", "max_train_steps": 840}
 SSPO = {"max_train_steps": 60, "draws_per_pair": 4, "replay_steps": 15, "rollout_steps": STEPS}

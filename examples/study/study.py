@@ -70,7 +70,6 @@ SAMPLER = {"num_inference_steps": 10, "guidance_scale": 1.5}
 COMMON = {
     "resolution": 64,
     "rank": 16,
-    "lr_warmup_steps": 5,
     "train_batch_size": 8,
     "replay_steps": 10,
     "rollout_steps": SAMPLER["num_inference_steps"],

@@ -76,6 +76,16 @@ def test_pictures_look_as_in_a_viewer(kind):
     assert script.to_rgb(Image.open(file)).size == (4, 6)
 
 
+def test_a_picture_is_read_from_bytes_or_a_path_alone(tmp_path):
+    script, path = SCRIPTS["sd"], tmp_path / "red.png"
+    Image.new("RGB", (6, 4), "red").save(path)
+    for encoded in (str(path), path.read_bytes(), {"path": str(path), "bytes": None}):
+        picture = script.open_picture(encoded)
+        assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="there is none"):
+        script.open_picture(None)
+
+
 def test_epochs_crop_and_mirror_anew_but_for_cached_winners(tmp_path):
     """By seed, epoch and row; the same again for the same three."""
     script, file = SCRIPTS["sd"], io.BytesIO()

@@ -54,7 +54,7 @@ def stock(name, args, from_winners=False, adapter=None, dtype=torch.float32):
     pipeline = STOCK[name][from_winners].from_pretrained(args.pretrained_model_name_or_path, dtype=dtype, **motion)
     assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
     schedule = LINEAR if name == "video" else pipeline.scheduler.config
-    pipeline.scheduler = SCHEDULERS[args.rollout_scheduler].from_config(schedule)
+    pipeline.scheduler = SCHEDULERS[args.rollout_scheduler].from_config(schedule, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -180,6 +180,15 @@ def test_reference_of_a_run_is_the_kept_checkpoint(trains, load, monkeypatch, ki
             error = script.denoising_errors(models.denoiser, models, *draws).mean()
         assert abs(logged[f"gap/{half}"]) > 1e-5
         assert error.item() == pytest.approx(logged[f"mse/policy_{half}"] - logged[f"gap/{half}"], abs=1e-6)
+
+
+def test_ddim_never_clips_latents(model, load):
+    """DDIM's own default does, and configurations that another class has saved say nothing of it."""
+    script, named, _ = model
+    _, models = load(script)
+    models.noise_scheduler.register_to_config(clip_sample=True)
+    sampler = script.rollout_scheduler(models, load(script, rollout_scheduler="ddim")[0])
+    assert isinstance(sampler, DDIMScheduler) and not sampler.config.clip_sample
 
 
 # AnimateDiff's video-to-video pipeline adds no noise to the latents that it takes.

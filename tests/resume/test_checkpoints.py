@@ -109,10 +109,13 @@ def test_what_a_crash_left_is_no_checkpoint(train, run, whole):
     for name in ("checkpoint-6.partial", "checkpoint-final", "result.partial"):
         (run.path / name).mkdir()
         (run.path / name / "optimizer.bin").write_bytes(b"half")
+    foreign = run.path / "downloads" / "model.partial"
+    foreign.parent.mkdir()
+    foreign.touch()
     again = train("run", resume_from_checkpoint="latest", **OPTIONS)
     assert_same_result(whole(train, **OPTIONS), again)
     assert (run.path / "checkpoint-6" / "run.json").is_file()
-    assert not list(run.path.glob("*.partial"))
+    assert not list(run.path.glob("*.partial")) and foreign.exists()
 
 
 def test_a_checkpoint_that_is_not_there(run, resume):

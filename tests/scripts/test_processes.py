@@ -93,7 +93,8 @@ def test_two_machines_make_the_run_of_one(train, sd, winners, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = dict(MODEL=sd, DATA=winners, OUTPUT=tmp_path / "two", MACHINES=2, GPUS=1, MICRO=2, PAIRS=8, PORT=port)
+    shared = dict(MODEL=sd, DATA=winners, OUTPUT=tmp_path / "two", PRECISION="no")
+    shared |= dict(MACHINES=2, GPUS=1, MICRO=2, PAIRS=8, PORT=port)
     machines = [recipe(rank, *words, "--split_pairs", **shared) for rank in (1, 0)]
     for machine in machines:
         output, _ = machine.communicate(timeout=240)

@@ -203,13 +203,22 @@ def test_push_to_hub_uploads_the_result_only(each, monkeypatch):
     assert {"checkpoint-*", "replay/*", "cache/*", "logs/*"} <= set(calls["upload"]["ignore_patterns"])
 
 
+def refuse(*args, **kwargs):
+    raise OSError("403 Forbidden:\nno token")
+
+
+def test_hub_without_a_login_is_known_before_the_models_load(each, monkeypatch):
+    monkeypatch.setattr(each.script, "create_repo", refuse)
+    monkeypatch.setattr(each.script, "load_models", None)
+    with pytest.raises(each.script.UserError, match="--push_to_hub cannot use the repository run: 403") as error:
+        each(push_to_hub=True, max_train_steps=1)
+    assert "\n" not in str(error.value)
+
+
 def test_hub_that_refuses_costs_nothing(each, monkeypatch):
     """The result is written before, and the line says where."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("403 Forbidden:\nno token")
-
-    monkeypatch.setattr(each.script, "create_repo", refuse)
+    monkeypatch.setattr(each.script, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/run"))
+    monkeypatch.setattr(each.script, "upload_folder", refuse)
     with pytest.raises(
         each.script.UserError, match="the result is in .*run, but the hub did not take it: 403"
     ) as error:

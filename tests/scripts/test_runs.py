@@ -218,6 +218,11 @@ def test_learning_rate_follows_the_schedule(each):
     assert run.column("lr") == pytest.approx([0, 5e-4, 1e-3, 5e-4])
 
 
+def test_cosine_with_restarts_restarts(each):
+    run = each(lr_scheduler="cosine_with_restarts", lr_num_cycles=2)
+    assert run.column("lr") == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4])
+
+
 # Quiet
 
 
