@@ -1,0 +1,209 @@
+"""Self-sampling, errors, prompts and training space of Wan, against the stock pipelines; 2.1 and 2.2 5B."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from diffusers.pipelines.wan import pipeline_wan_video2video
+
+import train_sspo_wan as script
+
+
+CAPTIONS = ["a red circle", "a blue square, moving"]
+
+
+@pytest.fixture(scope="module")
+def euler(tmp_path_factory):
+    """A tiny Wan 2.1 whose model_index names the other scheduler, as some revisions on the hub do."""
+    return tiny.wan(tmp_path_factory.mktemp("euler"), scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0))
+
+
+@pytest.fixture(params=["wan", "wan_large", "euler"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def stock(kind, model):
+    pipeline = kind.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def size_of(model):
+    """A clip that is not square."""
+    side = 64 if "large" in model else 32
+    return dict(height=side, width=2 * side, num_frames=9)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(models, negative=""):
+    return [
+        script.collate_condition(script.encode_prompt(models, captions), "cpu")
+        for captions in (CAPTIONS, [negative] * len(CAPTIONS))
+    ]
+
+
+def sample(models, args, noise, **options):
+    """What a run samples of CAPTIONS."""
+    scheduler = script.rollout_scheduler(models, args)
+    given = (args.rollout_steps, args.rollout_guidance_scale)
+    return script.self_sample(
+        models.denoiser, scheduler, noise, *conditions(models, args.negative_prompt), *given, **options
+    )
+
+
+@pytest.mark.parametrize("guidance, negative", [(1.0, ""), (5.0, ""), (5.0, "blurred, still")])
+def test_rival_is_what_the_stock_pipeline_samples(load, model, guidance, negative):
+    named = dict(rollout_guidance_scale=guidance, rollout_steps=6, negative_prompt=negative)
+    args, models = load(script, model=model, **named, **size_of(model))
+    noise = normal(len(CAPTIONS), *script.latent_shape(models, args))
+    ours = sample(models, args, noise)
+    size = dict(size_of(model), num_inference_steps=6, guidance_scale=guidance, output_type="latent")
+    given = dict(prompt=CAPTIONS, negative_prompt=[negative] * len(CAPTIONS) if negative else None)
+    theirs = stock(WanPipeline, model)(**given, latents=noise.clone(), **size).frames
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - noise).abs().max() > 0.1
+    assert (ours[0] - sample(models, args, noise[:1].expand_as(noise))[1]).abs().max() > 1e-3, "captions matter"
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+def test_rollout_strength_is_that_of_the_stock_video_to_video(load, model, strength, monkeypatch):
+    args, models = load(script, model=model, rollout_steps=10, rollout_guidance_scale=5, **size_of(model))
+    shape = (len(CAPTIONS), *script.latent_shape(models, args))
+    winners, noise = normal(*shape, seed=1), normal(*shape, seed=2)
+    ours = sample(models, args, noise, winners=winners, strength=strength)
+    # This pipeline calls ftfy without a look whether it is there, encodes pixels and draws its noise itself.
+    monkeypatch.setattr(pipeline_wan_video2video, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    monkeypatch.setattr(pipeline_wan_video2video, "randn_tensor", lambda *_, **__: noise.clone())
+    monkeypatch.setattr(pipeline_wan_video2video, "retrieve_latents", lambda latents, *_: latents)
+    pipeline = stock(WanVideoToVideoPipeline, model)
+    mean, std = script.latent_statistics(models.vae)
+    encoded = iter((winners * std + mean).split(1))
+    monkeypatch.setattr(pipeline.vae, "encode", lambda _: next(encoded))
+    size = dict(height=args.height, width=args.width, num_inference_steps=10, guidance_scale=5.0, strength=strength)
+    video = torch.zeros(len(CAPTIONS), args.num_frames, 3, args.height, args.width)
+    theirs = pipeline(video=video, prompt=CAPTIONS, output_type="latent", **size).frames
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - winners).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("asked", ["unipc", "euler"])
+@pytest.mark.parametrize("shift", [None, 7.0])
+def test_either_sampler_has_the_flow_and_the_shift(load, model, asked, shift):
+    """Whichever the model names. diffusers' from_config alone gives epsilon without flow, or a shift of 1."""
+    args, models = load(script, model=model, rollout_scheduler=asked, flow_shift=shift, **size_of(model))
+    shift = shift or {"euler": 4.0, "wan": 3.0, "wan-large": 5.0}[model.split("/")[-1].rstrip("0123456789")]
+    sampler = script.rollout_scheduler(models, args)
+    sampler.set_timesteps(4)
+    if asked == "unipc":
+        assert (sampler.config.prediction_type, sampler.predict_x0) == ("flow_prediction", True)
+        u = torch.linspace(1, 1e-3, 5)[:-1]
+    else:  # as the stock class: its ends are shifted twice
+        last = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
+        u = torch.linspace(1, last, 4)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    torch.testing.assert_close(sampler.sigmas, torch.cat([sigmas, torch.zeros(1)]), rtol=1e-5, atol=1e-5)
+    assert (sampler.timesteps - 1000 * sigmas).abs().max() < 1
+
+
+@pytest.mark.parametrize("scheduler, shift, told", [
+    ("unipc", 3, "0.7 begins at sigma 0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at 0.43"),
+    ("unipc", 5, "at 0.92, 0.83, 0.68 and 0.56 with one of 5"),
+])
+def test_help_says_at_which_sigma_a_strength_starts(load, scheduler, shift, told):
+    args, models = load(script, rollout_scheduler=scheduler, flow_shift=shift)
+    assert told in " ".join(help_text().split())
+    sampler = script.rollout_scheduler(models, args)
+    sampler.set_timesteps(20)
+    sigmas = [f"{sampler.sigmas[-int(20 * strength) - 1].item():.2f}" for strength in (0.7, 0.5, 0.3, 0.2)]
+    assert all(sigma in told for sigma in sigmas), sigmas
+
+
+def help_text():
+    parser = script.OneLineParser("")
+    script.add_shared_arguments(parser)
+    script.add_pipeline_arguments(parser)
+    return parser.format_help()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_help_names_the_beta_that_fits_the_drawn_sigmas(load, shift):
+    _, models = load(script, timestep_shift=shift)
+    generators = (script.keyed_generator("timestep", 0, i) for i in range(5_000))
+    sigmas = torch.cat([script.draw_timesteps(models, generator, 2) for generator in generators]) / 1000
+    assert 2000 / (1 - sigmas).pow(-2).median().item() == pytest.approx(2000 / (1 + shift) ** 2, rel=0.05)
+    assert f"{round(2000 / (1 + shift) ** 2)} at {shift:g}" in " ".join(help_text().split())
+
+
+def test_errors_are_of_the_velocity_means_over_all_but_the_batch(load, model):
+    """The stock transformer's, called as the pipeline calls it: for 2.2 5B with a timestep a token."""
+    args, models = load(script, model=model, **size_of(model))
+    pipeline, shape = stock(WanPipeline, model), script.latent_shape(models, args)
+    embeds, _ = pipeline.encode_prompt(CAPTIONS, max_sequence_length=512)
+    latents, noise = normal(2, *shape, seed=1), normal(2, 3, *shape, seed=2)
+    timesteps = torch.tensor([[100.5, 500.0, 900.25], [3.0, 700.0, 999.0]])
+    with torch.no_grad():
+        ours = script.denoising_errors(models.denoiser, models, latents, noise, timesteps, conditions(models)[0])
+        for draw in range(3):
+            sigma = timesteps[:, draw].view(-1, 1, 1, 1, 1) / 1000
+            noisy, t = (1 - sigma) * latents + sigma * noise[:, draw], timesteps[:, draw]
+            if pipeline.config.expand_timesteps:
+                t = t[:, None].expand(-1, shape[1] * shape[2] * shape[3] // 4)
+            answer = pipeline.transformer(hidden_states=noisy, timestep=t, encoder_hidden_states=embeds).sample
+            wrong = answer - (noise[:, draw] - latents)
+            torch.testing.assert_close(ours[:, draw], wrong.pow(2).mean(dim=(1, 2, 3, 4)), rtol=1e-5, atol=0)
+    assert ours.shape == (2, 3)
+
+
+def test_prompts_are_trimmed_in_the_cache_and_the_stock_ones_in_a_batch(load, wan):
+    """A caption keeps its own tokens; zeros behind them are what the pipeline makes too."""
+    _, models = load(script)
+    captions = [*CAPTIONS, "", "  a   red &amp; circle "]
+    rows = script.encode_prompt(models, captions)
+    lengths = [len(models.tokenizer(caption).input_ids) for caption in (*captions[:3], "a red & circle")]
+    assert [tuple(row["prompt_embeds"].shape) for row in rows] == [(length, 16) for length in lengths]
+    assert lengths[2] == 1 and all(row["prompt_embeds"].untyped_storage().nbytes() < 2000 for row in rows)
+    with torch.no_grad():
+        theirs, _ = stock(WanPipeline, wan).encode_prompt(captions, max_sequence_length=512)
+    assert torch.equal(script.collate_condition(rows, "cpu")["prompt_embeds"], theirs)
+    (long,) = script.encode_prompt(models, ["abc " * 400])
+    assert len(long["prompt_embeds"]) == 512
+
+
+def test_training_space_is_the_stock_pipelines(load, model):
+    """The posterior's mode by the VAE's statistics, a clip at a time; decoding leads back to the stock frames."""
+    args, models = load(script, model=model, **size_of(model))
+    pixels = normal(2, args.num_frames, 3, args.height, args.width).clamp(-1, 1)
+    pipeline, seen = stock(WanVideoToVideoPipeline, model), []
+    models.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    mean, std = script.encode_image(models, pixels)
+    assert set(seen) == {1}, "a batch goes through the VAE clip by clip"
+    one = torch.Generator().manual_seed(0)
+    noisy = pipeline.prepare_latents(
+        pixels.transpose(1, 2), 2, args.height, args.width, dtype=torch.float32, device="cpu", generator=one,
+        timestep=torch.tensor([0.0]), num_channels_latents=mean.shape[1],
+    ) if False else None
+    assert noisy is None
+    assert not std.any() and mean.shape[1:] == script.latent_shape(models, args)
+    ours = script.decode_latents(models, mean[:1])
+    draw = stock(WanPipeline, model)
+    draw.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
+    draw.scheduler = FlowMatchEulerDiscreteScheduler()  # a step of a velocity of 0 leaves the latents as they are
+    size = dict(size_of(model), num_inference_steps=1, guidance_scale=1.0, output_type="pil")
+    theirs = draw(prompt=CAPTIONS[:1], latents=mean[:1].clone(), **size).frames[0]
+    assert len(ours) == len(theirs) == args.num_frames
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs))
+
+
+def test_the_vae_stays_in_fp32_where_the_rest_is_in_half(load):
+    _, models = load(script, dtype=torch.bfloat16)
+    assert models.text_encoder.dtype == models.denoiser.dtype == torch.bfloat16
+    assert models.vae.dtype == torch.float32
+    assert load(script, dtype=torch.bfloat16, train_mode="full")[1].denoiser.dtype == torch.float32
