@@ -706,7 +706,7 @@ def add_pipeline_arguments(parser):
         type=number(float, 0, above=True),
         default=1.0,
         help="s of the sigmas that training draws, s u / (1 + (s - 1) u) with u the sigmoid of a normal number: their "
-        "median is s / (1 + s), and a larger s looks more at layout and motion than at detail. Set --beta_dpo with it.",
+        "median is s / (1 + s), and a larger s looks more at motion and layout than at detail. Set --beta_dpo by it.",
     )
     add(
         "--flow_shift",
@@ -830,7 +830,7 @@ def check_base(args, pipeline, source):
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full and the
-    VAE, which stay in fp32. Raises UserError if that is not possible. Where --fps is not given, it becomes the model's.
+    VAE, which stay in fp32. Raises UserError if that is not possible. Where --fps is not given it becomes the model's.
     """
     name = args.pretrained_model_name_or_path
     source = dict(revision=args.revision, cache_dir=args.cache_dir)

@@ -310,7 +310,11 @@ def wan(directory, large=False, scheduler=None, seed=0):
         temperal_downsample=[False, True, True],
         latents_mean=torch.randn(channels, generator=statistics).tolist(),
         latents_std=(torch.rand(channels, generator=statistics) + 0.5).tolist(),
-        **(dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16) if large else {}),
+        **(
+            dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
+            if large
+            else {}
+        ),
     )
     text_encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
