@@ -1519,6 +1519,9 @@ class LatentCache:
         encoded = (encode_prompt(models, [self.captions[number] for number in batch]) for batch in prompts)
         batches = ((batch, dict(zip(batch, embeds)), {}) for batch, embeds in zip(prompts, encoded))
         self.write("prompts", len(self.captions), batches, len(prompts), accelerator)
+        for module in models.encoders:
+            if module is not models.vae:
+                module.to("cpu")  # a VAE of clips may need the room
         batches = (
             (batch, {e["row"]: e for e in encode_latents(models, examples)} if examples else {}, bad)
             for batch, examples, bad in loader
