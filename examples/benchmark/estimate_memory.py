@@ -105,6 +105,7 @@ QWEN3_4B = dict(
     head_dim=128,
 )
 WAN_1_3B = dict(num_attention_heads=12, num_layers=30, ffn_dim=8960)
+WAN_VAE = {}  # as diffusers' defaults are
 WAN_5B = dict(num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 WAN_5B_VAE = dict(
     base_dim=160,
@@ -308,7 +309,7 @@ def build_models(family, script, args, dtype):
         )
     if family == "wan":
         large = args.pretrained_model_name_or_path == WAN_2_2
-        transformer, vae = (WAN_5B, WAN_5B_VAE) if large else (WAN_1_3B, {})
+        transformer, vae = (WAN_5B, WAN_5B_VAE) if large else (WAN_1_3B, WAN_VAE)
         vae = build(AutoencoderKLWan, torch.float32, **vae)
         vae.enable_slicing()
         return script.Models(
