@@ -18,7 +18,7 @@ help:
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make style             ruff, and whether the scripts' shared functions are still the same"
-	@echo "make fix-copies        rewrite the functions that the scripts share from train_sspo_sd.py"
+	@echo "make fix-copies        rewrite the functions that the scripts share from where they come from"
 	@echo "make clean             delete the virtual environment and what the quickstarts left"
 
 $(VENV)/installed: requirements.txt $(QUICKSTART)/requirements.txt tests/requirements.txt

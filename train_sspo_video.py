@@ -1011,6 +1011,13 @@ def encode_prompt(models, captions):
     return [{"prompt_embeds": row} for row in embeds]
 
 
+# Copied from train_sspo_sd.encode_empty
+def encode_empty(models, args):
+    """The prompt of a dropped caption, and the one that guidance leads away from: here the same."""
+    empty_prompt = encode_prompt(models, [""])[0]
+    return empty_prompt, empty_prompt
+
+
 # Copied from train_sspo_sd.uncropped
 def uncropped(args):
     """What collate_condition takes beside the prompt of a picture that was not cropped: for this pipeline, nothing."""
@@ -1528,9 +1535,9 @@ def encode_latents(models, examples):
 
 
 # Copied from train_sspo_sd.collate
-def collate(examples, empty_prompt, args, device):
+def collate(examples, empty_prompt, args, device, negative_prompt=None):
     """
-    One batch from encoded examples.
+    One batch from encoded examples. Guidance leads away from `negative_prompt`, by default the empty one.
 
     Returns:
         dict with `winner` (b, ...) latents sampled from the VAE's posterior, given rivals as `rival` likewise,
@@ -1543,10 +1550,11 @@ def collate(examples, empty_prompt, args, device):
         return mean + std * keyed_noise(purpose, args.seed, keys, mean.shape[1:]).to(device)
 
     keys = [(example["epoch"], example["row"]) for example in examples]
-    unconditional = [{**example, **empty_prompt} for example in examples]
+    uncaptioned = [{**example, **empty_prompt} for example in examples]
+    unconditional = [{**example, **(negative_prompt or empty_prompt)} for example in examples]
     draws = [torch.rand((), generator=keyed_generator("dropout", args.seed, *key)).item() for key in keys]
     dropped = [draw < args.proportion_empty_prompts for draw in draws]
-    rows = [empty if drop else example for drop, empty, example in zip(dropped, unconditional, examples)]
+    rows = [empty if drop else example for drop, empty, example in zip(dropped, uncaptioned, examples)]
     batch = {
         "winner": posterior("", "posterior"),
         "condition": collate_condition(rows, device),
@@ -1659,7 +1667,8 @@ class LatentCache:
         prompts = self.missing("prompts", len(self.captions), accelerator)
         rows = self.missing("rows", len(self.winners), accelerator)
         if prompts or rows:
-            prompt = sum(value.nbytes for value in encode_prompt(models, [""])[0].values())
+            longest = max(self.captions, key=len, default="")  # not all pipelines keep as much of each
+            prompt = sum(value.nbytes for value in encode_prompt(models, [longest])[0].values())
             latents = 8 * math.prod(latent_shape(models, self.args)) * (2 if self.args.rivals == "given" else 1)
             size = (len(self.captions) * prompt + len(self.winners) * latents) / 2**30
             logger.info(
@@ -1676,6 +1685,9 @@ class LatentCache:
         encoded = (encode_prompt(models, [self.captions[number] for number in batch]) for batch in prompts)
         batches = ((batch, dict(zip(batch, embeds)), {}) for batch, embeds in zip(prompts, encoded))
         self.write("prompts", len(self.captions), batches, len(prompts), accelerator)
+        for module in models.encoders:
+            if module is not models.vae:
+                module.to("cpu")  # a VAE of clips may need the room
         batches = (
             (batch, {e["row"]: e for e in encode_latents(models, examples)} if examples else {}, bad)
             for batch, examples, bad in loader
@@ -1940,7 +1952,7 @@ def catch_signals(accelerator):
 
 # Copied from train_sspo_sd.draw_samples
 @torch.no_grad()
-def draw_samples(models, prompts, empty_prompt, args, accelerator):
+def draw_samples(models, prompts, negative_prompt, args, accelerator):
     """
     Pictures of the validation prompts, by the rivals' sampler and always from the same noise.
 
@@ -1960,7 +1972,7 @@ def draw_samples(models, prompts, empty_prompt, args, accelerator):
                 rollout_scheduler(models, args),
                 noise.to(device, rollout_dtype(models, args)),
                 collate_condition(rows, device),
-                collate_condition([{**row, **empty_prompt} for row in rows], device),
+                collate_condition([{**row, **negative_prompt} for row in rows], device),
                 args.rollout_steps,
                 args.validation_guidance_scale,
             )
@@ -2269,7 +2281,7 @@ def main(args):
     prepare_denoiser(models, args, "cpu")  # the encoders have the accelerator first, and may leave it
     for module in models.encoders:
         module.to(device)
-    empty_prompt = encode_prompt(models, [""])[0]
+    empty_prompt, negative_prompt = encode_empty(models, args)
     validating = bool(args.validation_prompts) and accelerator.is_main_process
     if validating:
         prompts = encode_prompt(models, args.validation_prompts)
@@ -2286,7 +2298,7 @@ def main(args):
     accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # no autocast but where the code says so
     register_checkpoint_hooks(accelerator, models, args)
     if validating:  # before a checkpoint is loaded: the policy is still the base
-        base_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
+        base_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
     stream = WinnerStream(
         load, winners, args, accelerator.process_index, accelerator.num_processes, tuple(record["cursor"])
     )
@@ -2317,7 +2329,7 @@ def main(args):
             due = step > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
             if args.validation_prompts and due:  # at the top, so that a run that was killed in it repeats it
                 if validating:
-                    policy_samples = draw_samples(models, prompts, empty_prompt, args, accelerator)
+                    policy_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
                     rows = [row for pair in zip(base_samples, policy_samples) for row in pair]
                     write_samples(rows, args, step, accelerator.trackers)
                 if step < args.max_train_steps and (stopped := signalled()):  # it may have taken minutes
@@ -2337,7 +2349,7 @@ def main(args):
                 for _ in range(min(group, args.gradient_accumulation_steps - first)):
                     loaded, record["cursor"] = next(loader)
                     examples += encode(loaded)
-                batch = collate(examples, empty_prompt, args, device)
+                batch = collate(examples, empty_prompt, args, device, negative_prompt)
 
                 # 2. Self-sample: the reference draws the rivals.
                 if sspo and args.rivals == "self":

@@ -20,7 +20,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from helpers import EVERY, SCRIPTS, Run, flags, run_main
+from helpers import EVERY, SCRIPTS, WAN, Run, flags, run_main
 
 
 torch.set_num_threads(1)
@@ -61,6 +61,18 @@ def motion(tmp_path_factory):
 def flux2(tmp_path_factory):
     """A tiny pipeline in the layout of FLUX.2 [klein] base."""
     return tiny.flux2(tmp_path_factory.mktemp("flux2"))
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory):
+    """A tiny pipeline in the layout of Wan 2.1."""
+    return tiny.wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def wan_large(tmp_path_factory):
+    """A tiny pipeline in the layout of Wan 2.2 TI2V 5B."""
+    return tiny.wan(tmp_path_factory.mktemp("wan-large"), large=True)
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +122,10 @@ def trains(request, tmp_path):
                 base, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
                 model, options = model or base, {**clip, **options}
+            if kind == "wan":
+                options = {**WAN, **options}
             model = model or request.getfixturevalue(kind)
-            data = data or request.getfixturevalue("clips" if kind == "video" else "winners")
+            data = data or request.getfixturevalue("clips" if kind in ("video", "wan") else "winners")
             return flags(model, data, tmp_path / name, **options)
 
         def train(name="run", script=EVERY[kind], **options):
@@ -152,6 +166,8 @@ def load(request):
             base, adapter = request.getfixturevalue("motion")
             clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
             model, options = model or base, {**clip, **options}
+        if kind == "wan":
+            options = {**WAN, **options}
         model = model or request.getfixturevalue(kind)
         args = script.parse_args(flags(model, "unused", "unused", **options))
         return args, script.load_models(args, dtype)

@@ -18,11 +18,13 @@ import train_sspo_flux2
 import train_sspo_sd
 import train_sspo_sdxl
 import train_sspo_video
+import train_sspo_wan
 
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
-EVERY = {**SCRIPTS, "flux2": train_sspo_flux2}
+EVERY = {**SCRIPTS, "flux2": train_sspo_flux2, "wan": train_sspo_wan}
+WAN = dict(height=32, width=32, num_frames=5, resolution=None)  # the smallest clips of train_sspo_wan.py
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -76,6 +78,8 @@ def open_winners(script, directory, data=None, **options):
     """A script's Winners, as flags and options name them; what they write lies in `directory`."""
     if script is train_sspo_video:
         options = {"motion_adapter_name_or_path": "unused", "num_frames": 4, "frame_stride": 2, **options}
+    if script is train_sspo_wan:
+        options = {**WAN, "fps": 16, **options}
     words = flags("unused", data, directory / "out", cache_dir=directory / "cache", **options)
     return script.Winners(script.parse_args(words))
 

@@ -60,6 +60,27 @@ def test_estimate_is_what_a_real_run_allocates(middling, more):
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)
 
 
+def test_fake_clips_are_counted_as_real_ones(monkeypatch, tmp_path):
+    """
+    Wan, with fewer and narrower layers, by the same counter: PyTorch's profiler would add the buffer that the CPU's
+    own kernel for convolutions of clips takes.
+    """
+    monkeypatch.chdir(tmp_path)
+    narrow = dict(num_attention_heads=2, num_layers=2, ffn_dim=256, text_dim=64)
+    text = dict(estimate_memory.UMT5_XXL, vocab_size=100, d_model=64, d_ff=64, num_layers=1, num_heads=2)
+    for name, config in (("WAN_1_3B", narrow), ("WAN_VAE", dict(base_dim=4)), ("UMT5_XXL", text)):
+        monkeypatch.setattr(estimate_memory, name, config)
+    words = "--height 32 --width 48 --num_frames 5 --train_batch_size 2 --gradient_checkpointing".split()
+    fake = estimate_memory.estimate("wan", words)
+    script, args = estimate_memory.parse("wan", words)
+    memory = estimate_memory.Memory()
+    with estimate_memory.replaced(script, memory), memory:
+        parts = estimate_memory.run("wan", script, args, memory)
+    real = {**parts, **memory.peaks}
+    for name in ("weights", "gradients", "optimizer", "sample", "decode", "step", "update"):
+        assert fake[name] == pytest.approx(real[name], rel=0.01), name
+
+
 @pytest.mark.parametrize(
     "script, make", [(train_sspo_sd, tiny.stable_diffusion), (train_sspo_sdxl, tiny.stable_diffusion_xl)]
 )

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLWan,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +18,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from PIL import Image, ImageDraw
 from transformers import (
@@ -27,6 +31,9 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -280,6 +287,59 @@ def flux2(directory, seed=0):
             axes_dims_rope=(4, 4, 4, 4),
             guidance_embeds=False,
         ),
+    )
+    pipeline.save_pretrained(directory)
+    return str(directory)
+
+
+def wan(directory, large=False, scheduler=None, seed=0):
+    """
+    Writes a pipeline of some 30,000 random weights in the layout of Wan 2.1, or with `large` of Wan 2.2 TI2V 5B, to
+    `directory` and returns it as a string. The VAE's statistics are no zeros and ones.
+    """
+    torch.manual_seed(seed)
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz,.-"]
+    tokens = T5TokenizerFast(vocab=[(piece, -float(i > 2)) for i, piece in enumerate(pieces)], extra_ids=0)
+    channels = 12 if large else 4
+    statistics = torch.Generator().manual_seed(seed)
+    autoencoder = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=torch.randn(channels, generator=statistics).tolist(),
+        latents_std=(torch.rand(channels, generator=statistics) + 0.5).tolist(),
+        **(
+            dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
+            if large
+            else {}
+        ),
+    )
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    own = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if large else 3.0
+    )
+    pipeline = WanPipeline(
+        tokenizer=tokens,
+        text_encoder=text_encoder,
+        vae=autoencoder,
+        scheduler=scheduler or own,
+        transformer=transformer,
+        expand_timesteps=large,
     )
     pipeline.save_pretrained(directory)
     return str(directory)

@@ -2,6 +2,7 @@
 Keeps the functions that the training scripts and the examples share identical to the letter.
 
 A function, class or constant under a line `# Copied from train_sspo_sd.NAME` is a copy of NAME in train_sspo_sd.py.
+What only siblings share names the one that had it first, such as train_sspo_video.NAME.
 Without arguments every copy is rewritten; with --check nothing is written, and the exit status is 1 if one drifted.
 """
 

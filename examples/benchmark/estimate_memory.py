@@ -4,9 +4,9 @@ How much memory of an accelerator a run will need, computed without an accelerat
     python examples/benchmark/estimate_memory.py            # the table of docs/memory.md; some minutes
     python examples/benchmark/estimate_memory.py sdxl --mixed_precision fp16 --gradient_checkpointing
 
-The first word names the script (sd, sdxl, video, flux2); what follows are flags of that script. Its own functions run,
-from prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which have a
-shape and no contents. Every storage is counted from its allocation to its end.
+The first word names the script (sd, sdxl, video, flux2, wan); what follows are flags of that script. Its own functions
+run, from prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which
+have a shape and no contents. Every storage is counted from its allocation to its end.
 
 Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
 runs group and layer norms in fp32 there, and AdamW steps all weights at once, with temporaries of their size. On both,
@@ -34,16 +34,28 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     UNet2DConditionModel,
     UNetMotionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    BatchEncoding,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 GIB = 2**30
@@ -92,7 +104,26 @@ QWEN3_4B = dict(
     num_key_value_heads=8,
     head_dim=128,
 )
-FAMILIES = (*UNETS, "flux2")
+WAN_1_3B = dict(num_attention_heads=12, num_layers=30, ffn_dim=8960)
+WAN_VAE = {}  # as diffusers' defaults are
+WAN_5B = dict(num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
+WAN_5B_VAE = dict(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+    latents_mean=[0.0] * 48,
+    latents_std=[1.0] * 48,
+)
+UMT5_XXL = dict(
+    vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+)
+WAN_2_2 = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"  # told by its name: else it is Wan 2.1 1.3B
+FAMILIES = (*UNETS, "flux2", "wan")
 
 BASE = "--mixed_precision fp16 --train_batch_size 1 --gradient_accumulation_steps 16"
 # The runs of the table: a heading, the script and the flags that they share, and the flags of each.
@@ -165,6 +196,38 @@ TABLE = [
             "--gradient_checkpointing --rollout_batch_size 1 --split_pairs",
             "--train_mode full --gradient_checkpointing",
             "--train_mode full --gradient_checkpointing --use_8bit_adam",
+        ],
+    ),
+    (
+        "Wan 2.1 1.3B, 33 frames of 480 x 832",
+        "wan --mixed_precision bf16 --cache_latents --rollout_batch_size 1",
+        [
+            "",
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing",
+            "--train_mode full --gradient_checkpointing --use_8bit_adam",
+        ],
+    ),
+    (
+        "Wan 2.1 1.3B, 81 frames of 480 x 832",
+        "wan --mixed_precision bf16 --cache_latents --rollout_batch_size 1 --num_frames 81",
+        [
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs",
+            "--train_mode full --gradient_checkpointing --split_pairs --use_8bit_adam",
+        ],
+    ),
+    (
+        "Wan 2.2 TI2V 5B, 33 frames of 704 x 1280",
+        f"wan --pretrained_model_name_or_path {WAN_2_2} --mixed_precision bf16 --cache_latents --rollout_batch_size 1 "
+        "--height 704 --width 1280",
+        [
+            "--gradient_checkpointing",
+            "--gradient_checkpointing --split_pairs",
+            "--gradient_checkpointing --split_pairs --num_frames 121",
+            "--train_mode full --gradient_checkpointing --optimizer adafactor",
         ],
     ),
 ]
@@ -244,6 +307,19 @@ def build_models(family, script, args, dtype):
             noise_scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             timestep_shift=args.timestep_shift,
         )
+    if family == "wan":
+        large = args.pretrained_model_name_or_path == WAN_2_2
+        transformer, vae = (WAN_5B, WAN_5B_VAE) if large else (WAN_1_3B, WAN_VAE)
+        vae = build(AutoencoderKLWan, torch.float32, **vae)
+        vae.enable_slicing()
+        return script.Models(
+            tokenizer=tokenize_padded,
+            text_encoder=build(UMT5EncoderModel, dtype, UMT5Config(**UMT5_XXL)),
+            vae=vae,
+            denoiser=build_wan(torch.float32 if full else dtype, transformer),
+            noise_scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0 if large else 3.0),
+            timestep_shift=args.timestep_shift,
+        )
     parts = dict(tokenizer=tokenize, text_encoder=build(CLIPTextModel, dtype, CLIPTextConfig(**CLIP_L)))
     if family == "sdxl":
         second = build(CLIPTextModelWithProjection, dtype, CLIPTextConfig(**CLIP_G))
@@ -266,6 +342,21 @@ def tokenize(captions, **_):
 
 
 tokenize.model_max_length = 77
+
+
+def tokenize_padded(captions, max_length, **_):
+    """What stands in for UMT5's: a mask that keeps every token, which the longest caption has."""
+    tokens = torch.zeros(len(captions), max_length, dtype=torch.long)
+    return BatchEncoding(dict(input_ids=tokens, attention_mask=torch.ones_like(tokens)))
+
+
+def build_wan(dtype, config):
+    """Wan's transformer, of which from_pretrained keeps some layers in fp32."""
+    model = build(WanTransformer3DModel, dtype, **config)
+    for name, weight in model.named_parameters():
+        if any(part in name for part in model._keep_in_fp32_modules):
+            weight.data = weight.data.float()
+    return model
 
 
 class ChatTokenizer:
@@ -314,7 +405,8 @@ def replaced(script, memory):
         (torch.nn.Module, "to", lambda module, *_, **__: module),
         (script, "VaeImageProcessor", lambda: SimpleNamespace(postprocess=lambda pixels: [None])),
         (script, "rollout_scheduler", short_schedule(script.rollout_scheduler)),
-        (script, "encode_examples", memory.during("encode", script.encode_examples)),
+        (script, "encode_prompt", memory.during("encode", script.encode_prompt)),
+        (script, "encode_latents", memory.during("encode", script.encode_latents)),
         (script, "self_sample", memory.during("sample", script.self_sample)),
         (script, "decode_latents", memory.during("decode", script.decode_latents)),
     ]
@@ -364,8 +456,14 @@ def run(family, script, args, memory):
     memory.parked = size(models.denoiser)
     empty_prompt = script.encode_prompt(models, [""])[0]
     prompts = script.encode_prompt(models, args.validation_prompts)
-    cached = script.encode_examples(models, make_examples(script, args)) if args.cache_latents else None
     encoders = sum(map(size, models.encoders))
+    cached = None
+    if args.cache_latents:  # prompts first, as LatentCache.fill, and then the VAE alone
+        examples = make_examples(script, args)
+        texts = script.encode_prompt(models, [example["caption"] for example in examples])
+        memory.parked += encoders - size(models.vae)
+        cached = [{**one, **text} for one, text in zip(script.encode_latents(models, examples), texts)]
+        del examples, texts
     memory.parked = encoders if cached else 0
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
     optimizer, schedule = script.make_optimizer(trained, args)
@@ -431,7 +529,7 @@ def estimate(family, words):
     The memory that a run needs.
 
     Args:
-        family: sd, sdxl, video or flux2.
+        family: sd, sdxl, video, flux2 or wan.
         words: a list of that script's flags; the names of models and data may be left out.
     Returns:
         dict of bytes: the lasting parts weights, gradients and optimizer; the peaks encode, sample, update, step and

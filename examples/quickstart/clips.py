@@ -28,13 +28,13 @@ def generator(name, motion, seed, purpose):
     return np.random.default_rng([purpose, CAPTIONS.index(name), list(MOTIONS).index(motion), seed])
 
 
-def render(name, motion, seed):
-    """A steady clip, (frames, 64, 64, 3) uint8."""
+def render(name, motion, seed, count=FRAMES):
+    """A steady clip, (count, 64, 64, 3) uint8."""
     rng = generator(name, motion, seed, purpose=10)
     angle, scale, mirror = rng.uniform(-15, 15), rng.uniform(0.65, 0.8), rng.random() < 0.5
     shift, speed = rng.uniform(-3, 3, size=2), rng.uniform(0.8, 1.2)
     frames = []
-    for along in np.linspace(-1, 1, FRAMES) * speed:
+    for along in np.linspace(-1, 1, count) * speed:
         pose = dict(angle=angle, mirror=mirror, scale=scale, shift=shift)
         if motion in ("moving left", "moving right"):
             pose["shift"] = shift + np.array([-9 * along if motion == "moving left" else 9 * along, 0])
@@ -58,13 +58,13 @@ def caption(name, motion):
     return f"{name} {motion}"
 
 
-def mixed_set(per_caption, first_seed=BASE_SEEDS, flickering_share=0.5):
-    """(clips (n, frames, 64, 64, 3) uint8, captions), every glyph with every motion."""
+def mixed_set(per_caption, first_seed=BASE_SEEDS, flickering_share=0.5, count=FRAMES):
+    """(clips (n, count, 64, 64, 3) uint8, captions), every glyph with every motion."""
     clips, captions = [], []
     for seed in range(first_seed, first_seed + per_caption):
         for name in CAPTIONS:
             for motion in MOTIONS:
-                clip = render(name, motion, seed)
+                clip = render(name, motion, seed, count)
                 if generator(name, motion, seed, purpose=12).random() < flickering_share:
                     clip = flicker(clip, name, motion, seed)
                 clips.append(clip)

@@ -1,6 +1,7 @@
 """The scripts stand alone, share what they share to the letter, differ in the pipeline, and put the method first."""
 
 import ast
+import functools
 import itertools
 import re
 import subprocess
@@ -20,6 +21,11 @@ ORIGINAL = "train_sspo_sd"
 SIBLINGS = [path for path in PATHS if path.stem != ORIGINAL]
 SECTION = re.compile(r"^# -+\n# (.+)\n# -+$", re.MULTILINE)
 IMPORTED = (ast.Import, ast.ImportFrom)
+
+
+@functools.cache
+def script_at(path):
+    return Script(path)
 
 
 class Script:
@@ -48,7 +54,7 @@ class Script:
         above = itertools.takewhile(lambda line: line.startswith("#"), reversed(self.lines[: first - 1]))
         return [line for line in above if not line.startswith("# Copied from ")]
 
-    @property
+    @functools.cached_property
     def definitions(self):
         """Of every top-level function, class and constant: name -> node."""
         found = {}
@@ -67,7 +73,7 @@ class Script:
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def script(request):
-    return Script(request.param)
+    return script_at(request.param)
 
 
 # Copies
@@ -95,18 +101,25 @@ def test_a_drifted_copy_is_found_and_fixed(tmp_path, monkeypatch):
 def test_siblings_differ_in_the_pipeline_alone(path):
     """
     What the scripts have in common is marked as a copy, which `make fix-copies` keeps. All else, what only a sibling
-    has included, stands in the section that one replaces to train another pipeline.
+    has included, stands in the section that one replaces to train another pipeline. What siblings alone share comes
+    from the one that had it first.
     """
-    original, sibling = Script(ROOT / f"{ORIGINAL}.py"), Script(path)
+    original, sibling = script_at(ROOT / f"{ORIGINAL}.py"), script_at(path)
     assert list(sibling.sections) == list(original.sections)
     replaced = "The pipeline"
     theirs = original.definitions
     for name, node in sibling.definitions.items():
         (text, above), here = sibling.text(node), sibling.section(node)
-        if above == f"# Copied from {ORIGINAL}.{name}":
-            assert text == original.text(theirs[name])[0], f"{name} has drifted"
-            assert here == original.section(theirs[name]), f"{name} has moved"
-            assert sibling.comment(node) == original.comment(theirs[name]), f"what is said of {name} has drifted"
+        mark = fix_copies.MARK.match(above)
+        if mark:
+            source = script_at(ROOT / f"{mark[1]}.py")
+            copied, marked = source.text(source.definitions[mark[2]])
+            assert mark[2] == name and text == copied, f"{name} has drifted"
+            assert here == source.section(source.definitions[name]), f"{name} has moved"
+            assert not fix_copies.MARK.match(marked), f"{name} is a copy there too: name where it comes from"
+            assert sibling.comment(node) == source.comment(source.definitions[name]), (
+                f"what is said of {name} has drifted"
+            )
         elif here == replaced:
             same = name in theirs and text == original.text(theirs[name])[0]
             assert not same or isinstance(node, ast.Assign), f"{name} is the same: mark it as copied"
@@ -115,6 +128,18 @@ def test_siblings_differ_in_the_pipeline_alone(path):
                 f"{name}: mark it as copied"
             )
     assert ast.unparse(sibling.body[-1]) == ast.unparse(original.body[-1]), "how errors end the program"
+
+
+def test_what_siblings_alone_share_is_marked_too():
+    """Else it would drift: of two functions that are the same, one says where it comes from."""
+    originals = {}
+    for path in PATHS:
+        script = script_at(path)
+        for name, node in script.definitions.items():
+            text, above = script.text(node)
+            if not isinstance(node, ast.Assign) and not fix_copies.MARK.match(above):
+                assert text not in originals, f"{path.stem}.{name} is {originals[text]}: mark it as copied"
+                originals[text] = f"{path.stem}.{name}"
 
 
 def test_a_script_holds_nothing_that_it_does_not_use(script):
