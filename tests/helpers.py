@@ -23,6 +23,7 @@ import train_sspo_video
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
 EVERY = {**SCRIPTS, "flux2": train_sspo_flux2}
+with_every = pytest.mark.parametrize("each", EVERY, indirect=True)  # the fixture `each`, of the UNets' scripts else
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

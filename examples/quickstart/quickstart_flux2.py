@@ -43,7 +43,6 @@ def training_command(args, extra):
         "train_mode": "lora",
         "rank": 16,
         "learning_rate": 3e-3,
-        "lr_warmup_steps": 5,
         "train_batch_size": 16,
         "max_train_steps": 50,
         "ssr": "none",
