@@ -677,9 +677,10 @@ MODALITY, COLUMNS = "image", ["image", "jpg", "jpeg", "png", "webp"]  # what the
 PAIR_COLUMNS = ("jpg_0", "jpg_1")  # of a data set of pairs, as in Pick-a-Pic
 SIDE_MULTIPLE = 16  # of the height and the width, in pixels: the VAE's 8, in patches of 2
 # What a loader knows a result by.
-RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")  # what a loader knows a result by
+RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")
 SAMPLES = "png"  # the kind of file in samples/ that the model card shows
-CACHE_KEY = "image_column caption_column rivals resolution center_crop random_flip seed"  # what cached rows depend on
+# What cached rows depend on.
+CACHE_KEY = "image_column caption_column rivals resolution center_crop random_flip seed max_sequence_length"
 LORA_LAYERS = "to_q,to_k,to_v,to_out.0,to_qkv_mlp_proj,to_out"  # those of diffusers' own script for this model
 PARTS = {  # of the pipeline, and their classes
     "transformer": "Flux2Transformer2DModel",
@@ -687,6 +688,7 @@ PARTS = {  # of the pipeline, and their classes
     "vae": "AutoencoderKLFlux2",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
+PROMPT_TOKENS = 512  # of the stock pipeline
 TEXT_LAYERS = 28  # of the text encoder that are loaded: prompts are the states behind 9, 18 and 27, before any norm
 
 
@@ -711,6 +713,13 @@ def add_pipeline_arguments(parser):
         help="s of the drawn sigmas, s u / (1 + (s - 1) u) with u the sigmoid of a normal number: their median is "
         "s / (1 + s), and a larger s looks more at layout than at detail. The sampler's own is 6.8 at 512 x 512, 9 at "
         "1024 x 1024. Set --beta_dpo with it.",
+    )
+    add(
+        "--max_sequence_length",
+        type=number(int, 1),
+        default=PROMPT_TOKENS,
+        help="Tokens of a prompt, template and padding included. The model has no mask, so another number draws other "
+        "pictures, and the pipeline has to be called with it too. Fewer than the model was trained with save time.",
     )
     for flag, reason in {
         "--prediction_type": "FLUX.2 predicts velocities",
@@ -745,7 +754,8 @@ class Models:
     The parts of the pipeline.
 
     `reference` has its weight for each trained parameter, or is empty where the reference is LoRA's base.
-    `adapted_layers` are the layers that carry an adapter. `timestep_shift` is that of the drawn sigmas.
+    `adapted_layers` are the layers that carry an adapter. `timestep_shift` is that of the drawn sigmas, and
+    `max_sequence_length` the tokens of a prompt.
     """
 
     tokenizer: Qwen2TokenizerFast
@@ -754,6 +764,7 @@ class Models:
     denoiser: Flux2Transformer2DModel
     noise_scheduler: FlowMatchEulerDiscreteScheduler
     timestep_shift: float
+    max_sequence_length: int
     reference: dict = field(default_factory=dict)
     adapted_layers: list = field(default_factory=list)
 
@@ -807,6 +818,7 @@ def load_models(args, dtype):
             denoiser=Flux2Transformer2DModel.from_pretrained(name, subfolder="transformer", dtype=trained, **weights),
             noise_scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler", **source),
             timestep_shift=args.timestep_shift,
+            max_sequence_length=args.max_sequence_length,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
@@ -848,9 +860,11 @@ def encode_prompt(models, captions):
     """
     One dict for each caption, its tensors without a batch dimension: `prompt_embeds`, (tokens, width).
 
-    All 512 tokens are kept: the model has no mask, and what stands behind a caption's end is part of its prompt.
+    All tokens are kept: the model has no mask, and what stands behind a caption's end is part of its prompt.
     """
-    embeds = PIPELINE._get_qwen3_prompt_embeds(models.text_encoder, models.tokenizer, captions)
+    embeds = PIPELINE._get_qwen3_prompt_embeds(
+        models.text_encoder, models.tokenizer, captions, max_sequence_length=models.max_sequence_length
+    )
     return [{"prompt_embeds": row} for row in embeds]
 
 
@@ -1032,12 +1046,14 @@ def save_result(models, args, directory):
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
     base = args.pretrained_model_name_or_path if args.train_mode == "lora" else name
+    tokens = args.max_sequence_length
+    tokens = "" if tokens == PROMPT_TOKENS else f", max_sequence_length={tokens}"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)',
         f'pipeline.load_lora_weights("{name}")' if args.train_mode == "lora" else "",
-        'picture = pipeline(prompt="a red fox in the snow").images[0]',
+        f'picture = pipeline(prompt="a red fox in the snow"{tokens}).images[0]',
     ]
     return "\n".join(filter(None, lines))
 
@@ -1525,7 +1541,7 @@ class LatentCache:
             size = (len(self.captions) * prompt + len(self.winners) * latents) / 2**30
             logger.info(
                 f"Caching {len(self.winners)} winners and {len(self.captions)} captions in {self.directory}: up to "
-                f"{size:.2f} GiB, {prompt / 2**20:.2f} MiB a caption."
+                f"{size:.3g} GiB, {prompt / 2**20:.3g} MiB a caption."
             )
         loader = torch.utils.data.DataLoader(
             rows,

@@ -1710,7 +1710,7 @@ class LatentCache:
             size = (len(self.captions) * prompt + len(self.winners) * latents) / 2**30
             logger.info(
                 f"Caching {len(self.winners)} winners and {len(self.captions)} captions in {self.directory}: up to "
-                f"{size:.2f} GiB, {prompt / 2**20:.2f} MiB a caption."
+                f"{size:.3g} GiB, {prompt / 2**20:.3g} MiB a caption."
             )
         loader = torch.utils.data.DataLoader(
             rows,

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
 EVERY = {**SCRIPTS, "flux2": train_sspo_flux2, "wan": train_sspo_wan}
 WAN = dict(height=32, width=32, num_frames=5, resolution=None)  # the smallest clips of train_sspo_wan.py
+with_every = pytest.mark.parametrize("each", EVERY, indirect=True)  # the fixture `each`, of the UNets' scripts else
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import ROOT, flags
+from helpers import ROOT, flags, with_every
 
 import train_sspo_sd
 import train_sspo_video
@@ -37,6 +37,7 @@ def test_rows_of_two_devices_make_one_condition(each):
     assert {value.device.type for value in condition.values()} == {"meta"}
 
 
+@with_every
 def test_adapters_are_switched_without_a_search(each, monkeypatch):
     """diffusers looks for the layers in all of the model, which takes 43 ms on SDXL: twice a rollout and an update."""
 
@@ -45,10 +46,12 @@ def test_adapters_are_switched_without_a_search(each, monkeypatch):
 
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "disable_adapters", searches)
     monkeypatch.setattr(diffusers.UNetMotionModel, "disable_adapters", searches)
+    monkeypatch.setattr(diffusers.Flux2Transformer2DModel, "disable_adapters", searches)
     run = each(max_train_steps=1)
     assert run.column("gap/winner") == run.column("gap/rival") == [0], "the reference is the base"
 
 
+@with_every
 def test_the_cache_is_filled_by_one_loader(each, monkeypatch):
     """However many files it has: where processes are not forked, a loader takes seconds to start its own."""
     loaders = []
@@ -65,6 +68,7 @@ def test_the_cache_is_filled_by_one_loader(each, monkeypatch):
     assert len(loaders) == 2, "one for the cache, one for training"
 
 
+@with_every
 def test_a_dynamo_backend_is_refused_by_name(each, monkeypatch):
     """It would compile the policy and not the reference."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")

@@ -17,7 +17,7 @@ import scipy.linalg
 import scipy.stats
 import tiny
 import torch
-from helpers import ROOT, SCRIPTS, flags, newcomer, notices, run_main
+from helpers import EVERY, ROOT, flags, newcomer, notices, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -140,9 +140,9 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sd, sdxl, motion, winners):
+def trained(tmp_path_factory, sd, sdxl, motion, flux2, winners):
     """trained(pipeline, mode): the base, the motion adapter or None, and the folder of a run of that script."""
-    bases, runs = {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion}, {}
+    bases, runs = {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion, "flux2": (flux2, None)}, {}
 
     def make(kind, mode):
         base, adapter = bases[kind]
@@ -154,19 +154,22 @@ def trained(tmp_path_factory, sd, sdxl, motion, winners):
             if kind == "video":
                 data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=4)
                 options.update(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=1)
-            run_main(SCRIPTS[kind], flags(base, data, output, **options))
+            if kind == "flux2":
+                options.update(max_sequence_length=32)
+            run_main(EVERY[kind], flags(base, data, output, **options))
             runs[kind, mode] = output
         return base, adapter, runs[kind, mode]
 
     return make
 
 
-@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in SCRIPTS for mode in MADE])
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in EVERY for mode in MADE])
 def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode):
     """From the noise of the run's validation, what samples/step-4.png shows: the base above, the policy below."""
     base, adapter, folder = trained(kind, mode)
     words = ["--base", base, "--prompts", "x", "--num_inference_steps", 2, "--height", 64, "--width", 64]
     words += ["--motion_adapter_name_or_path", adapter, "--num_frames", 4] if adapter else []
+    words += ["--max_sequence_length", 32] if kind == "flux2" else []
     args = evaluate.parse_args(list(map(str, words)))
     models = [evaluate.find_base(args)]
     paths = [path for path in MADE[mode] if path != "pytorch_lora_weights.safetensors" or kind == "sd"]
@@ -186,6 +189,32 @@ def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode
 def flat(pictures):
     """Pictures, or clips, as one array."""
     return np.concatenate([flat(p) if isinstance(p, list) else np.asarray(p)[None] for p in pictures])
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--scheduler", "ddim"], "--scheduler ddim cannot sample FLUX.2"),
+        (["--prediction_type", "epsilon"], "predicts velocities"),
+        (["--height", "72"], "must be multiples of 16 here, not 72 and 1024"),
+    ],
+)
+def test_what_flux2_has_no_use_for_is_refused(flux2, words, told):
+    with pytest.raises(evaluate.UserError, match=told) as error:
+        evaluate.find_base(evaluate.parse_args(["--base", flux2, "--prompts", "x", *words]))
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_those_of_the_base(flux2, sd):
+    """FLUX.2 in its own size, at its own guidance and by its own sampler; its prompts have a length, no others do."""
+    args = evaluate.parse_args(["--base", flux2, "--prompts", "x"])
+    evaluate.find_base(args)
+    assert (args.height, args.width, args.guidance_scale, args.scheduler) == (1024, 1024, 4.0, None)
+    args = evaluate.parse_args(["--base", sd, "--prompts", "x"])
+    evaluate.find_base(args)
+    assert (args.guidance_scale, args.scheduler) == (7.5, "dpmsolver")
+    with pytest.raises(evaluate.UserError, match="--max_sequence_length is for FLUX.2 only"):
+        evaluate.find_base(evaluate.parse_args(["--base", sd, "--prompts", "x", "--max_sequence_length", "8"]))
 
 
 def test_a_replay_entry_tells_its_alpha_or_asks_for_it(trained, tmp_path):

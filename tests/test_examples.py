@@ -8,6 +8,7 @@ import pytest
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, MotionAdapter, StableDiffusionPipeline
 from helpers import ROOT, newcomer, notices
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 
@@ -16,14 +17,17 @@ sys.path.insert(0, str(HERE))
 
 import clips  # noqa: E402
 import glyphs  # noqa: E402
+import quickstart  # noqa: E402
+import quickstart_flux2  # noqa: E402
 import quickstart_video  # noqa: E402
 import scorer  # noqa: E402
 
 
-def test_base_is_small_and_safe():
-    files = [path for path in (HERE / "base").rglob("*") if path.is_file()]
+@pytest.mark.parametrize("base", ["base", "base_flux2"])
+def test_base_is_small_and_safe(base):
+    files = [path for path in (HERE / base).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10e6
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} - {".jinja"} == {".json", ".safetensors"}
 
 
 def test_base_draws_what_it_is_asked_for_and_often_degraded():
@@ -37,6 +41,28 @@ def test_base_draws_what_it_is_asked_for_and_often_degraded():
     result = scorer.score(pictures, captions)
     assert result["identity"] > 0.9
     assert 0.3 < result["preference"] < 0.9
+
+
+def test_flow_model_draws_what_it_is_asked_for_and_often_degraded():
+    """Held-out captions as the quickstart draws them, one seed each."""
+    pipeline = quickstart_flux2.load_pipeline(quickstart_flux2.BASE, "cpu")
+    pictures, captions = quickstart.draw(pipeline, glyphs.HELD_OUT, 1, 0, quickstart_flux2.SAMPLER)
+    result = scorer.score(pictures, captions)
+    assert result["identity"] > 0.8
+    assert 0.1 < result["preference"] < 0.9
+
+
+def test_flow_model_was_trained_with_whole_captions():
+    """None of them is cut off at the length that it is drawn with, and its autoencoder is the emoji base's."""
+    tokenizer = quickstart_flux2.load_pipeline(quickstart_flux2.BASE, "cpu").tokenizer
+    for caption in glyphs.CAPTIONS:
+        messages = [{"role": "user", "content": caption}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert len(tokenizer(text).input_ids) <= quickstart_flux2.SAMPLER["max_sequence_length"]
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(quickstart_flux2.BASE / weights), load_file(HERE / "base" / weights)
+    assert all(ours[name].equal(weight) for name, weight in theirs.items())
+    assert {name for name in ours if name not in theirs} >= {"bn.running_mean", "bn.running_var"}
 
 
 def test_autoencoder_is_no_bottleneck():
@@ -70,15 +96,6 @@ def test_winners_are_clean_new_and_of_the_aligned_captions(tmp_path):
     assert all(np.any(np.asarray(picture) != np.asarray(first)) for picture in pictures), "poses of their own"
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The quickstart as `make quickstart` runs it, with three updates and few pictures."""
-    output = tmp_path_factory.mktemp("quickstart") / "run"
-    command = [sys.executable, HERE / "quickstart.py", "--output_dir", output, "--per_caption", 1]
-    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 4]
-    return output, run(command)
-
-
 def run(command):
     """What the command prints. On stderr there must be nothing but progress bars and the log."""
     result = newcomer(command)
@@ -87,9 +104,14 @@ def run(command):
     return result.stdout
 
 
-def test_quickstart_trains_scores_and_draws(quickstart):
-    output, printed = quickstart
-    assert "train_sspo_sd.py" in printed, "the command is shown"
+@pytest.mark.parametrize("script, trainer", [("quickstart", "sd"), ("quickstart_flux2", "flux2")])
+def test_quickstart_trains_scores_and_draws(tmp_path, script, trainer):
+    """As `make quickstart` runs it, with three updates and few pictures."""
+    output = tmp_path / "run"
+    command = [sys.executable, HERE / f"{script}.py", "--output_dir", output, "--per_caption", 1]
+    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 4]
+    printed = run(command)
+    assert f"train_sspo_{trainer}.py" in printed, "the command is shown"
     scores = json.loads((output / "scores.json").read_text())
     assert {row["model"] for row in scores} == {"base", "aligned"}
     for row in scores:

@@ -95,7 +95,7 @@ def program_complaint(path, words):
         os.environ.clear()
         os.environ.update(environment)
     if others:  # the quickstarts hand them on
-        script = "video" if "video" in path.stem else "sd"
+        script = next((name for name in EVERY if path.stem.endswith(f"_{name}")), "sd")
         said = complaint(lambda: EVERY[script].parse_args([*REQUIRED[script], *others]))[0]
     return said
 
@@ -105,7 +105,7 @@ def find(name, folders):
 
 
 def make_targets():
-    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def could_select(path, expression):

@@ -233,6 +233,9 @@ def animate_diff(directory, seed=0, layers=1):
     return base, str(directory / "adapter")
 
 
+PROMPT_TOKENS = 96  # of FLUX.2 in most tests: the template and a caption of colours and shapes, a byte a token
+
+
 def flux2(directory, seed=0):
     """
     Writes a pipeline of some 100,000 random weights in the layout of FLUX.2 [klein] base to `directory` and returns it

@@ -17,6 +17,8 @@ floor         Time of an update over the time of the UNet's calls alone, at the 
               a UNet with the same LoRA layers in it. "cached": with --cache_latents; otherwise winners and captions
               are encoded in each update, which costs calls of VAE and text encoder that the floor does not count.
               In the first iteration the reference is the base, in the second what the policy was.
+flow          The same of train_sspo_flux2.py, LoRA, cached: FLUX.2 [klein] at a twelfth of its width (a transformer of
+              27 million random weights), with 64 tokens a picture and 64 a prompt.
 obvious way   Time of the same update put together from stock parts, over ours: one example at a time through the stock
               pipeline, its picture to PIL and back through the VAE, a deep-copied reference, winner and rival in
               separate forwards. Once with the pipeline's own sampler, 50 guided steps, once with ours.
@@ -63,14 +65,31 @@ sys.path.insert(0, str(ROOT))
 import datasets
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
+import train_sspo_flux2
 import train_sspo_sd as script
 
 
@@ -154,6 +173,40 @@ def write_model(directory, width=80):
     return unet.num_parameters()
 
 
+def write_flow_model(directory, width=256, layers=(5, 20)):
+    """Writes FLUX.2 [klein] with random weights; `width` is 3072 in the original, in heads of 128."""
+    torch.manual_seed(0)
+    tokenizer = Qwen2TokenizerFast.from_pretrained(ROOT / "examples/quickstart/base_flux2/tokenizer")
+    text_encoder = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width // 4,
+        intermediate_size=width,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=width // 8,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformer = Flux2Transformer2DModel(
+        num_layers=layers[0],
+        num_single_layers=layers[1],
+        num_attention_heads=width // 128,
+        joint_attention_dim=3 * text_encoder.hidden_size,
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=[width // 16 * times for times in (1, 2, 4, 4)], norm_num_groups=8, layers_per_block=1
+    )
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text_encoder),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(directory)
+    return transformer.num_parameters()
+
+
 def pictures(count, side=160):
     """Soft patches of colour, wider than high."""
     generator = np.random.default_rng(0)
@@ -218,7 +271,7 @@ class Run:
     """
 
     def __init__(self, bench, name, updates, data=None, note=lambda: None, **options):
-        output = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.directory))
+        output, script = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=bench.directory)), bench.script
         self.args = script.parse_args(bench.flags(data or bench.folder, output, max_train_steps=updates, **options))
         self.seconds, self.notes, last, make_loader, save_result = [], [], None, script.make_loader, script.save_result
 
@@ -246,13 +299,18 @@ class Run:
 
 
 class Bench:
-    """Model, data and settings that the lines share, and the table that they write to."""
+    """Script, model, data and settings that the lines share, and the table that they write to."""
+
+    script, settings = script, {}
 
     def __init__(self, directory, quick):
         self.directory, self.quick = Path(directory), quick
         self.model, self.folder = self.directory / "model", self.directory / "winners"
-        self.size = write_model(self.model, width=20 if quick else 80)
+        self.size = self.write_model()
         write_folder(self.folder)
+
+    def write_model(self):
+        return write_model(self.model, width=20 if self.quick else 80)
 
     def flags(self, data, output, **options):
         settings = {
@@ -264,6 +322,7 @@ class Bench:
             "checkpointing_steps": 10**6,
             "cache_latents": True,
             **({"rollout_steps": 2} if self.quick else {}),
+            **self.settings,
             **options,
         }
         words = []
@@ -283,6 +342,15 @@ class Bench:
         return middle
 
 
+class FlowBench(Bench):
+    """The same for FLUX.2, with prompts shorter than the pipeline's 512 tokens."""
+
+    script, settings = train_sspo_flux2, {"max_sequence_length": 64}
+
+    def write_model(self):
+        return write_flow_model(self.model, *((128, (1, 2)) if self.quick else ()))
+
+
 def take_turns(rounds, *jobs):
     """Runs the jobs in turn. Returns for each job the list of what its turns returned, lists put end to end."""
     turns = [[job() for job in jobs] for _ in range(rounds)]
@@ -298,8 +366,8 @@ def ratios(over, under):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def bare_unet(args, adapters):
-    """A UNet that the script's machinery does not touch, with the same adapters or without."""
+def bare_denoiser(script, args, adapters):
+    """A denoiser that the script's machinery does not touch, with the same adapters or without."""
     models, device = script.load_models(args, torch.float32), "cuda" if torch.cuda.is_available() else "cpu"
     if adapters:
         script.prepare_denoiser(models, args, device)
@@ -308,21 +376,27 @@ def bare_unet(args, adapters):
     return models.denoiser.to(device).eval()
 
 
-def followed_by(twins, spent):
-    """The script's predict, each call of it followed by those of the `twins`, whose seconds are added to `spent`."""
+def followed_by(script, twins, spent):
+    """The script's predict, its call followed by those of the `twins`, whose seconds are added to `spent`."""
     predict = script.predict
 
     def followed(denoiser, noisy, timesteps, condition):
+        calls, backward = [], torch.is_grad_enabled()
+        hook = denoiser.register_forward_pre_hook(
+            lambda _, positional, named: calls.append(([*positional], dict(named))), with_kwargs=True
+        )
         result = predict(denoiser, noisy, timesteps, condition)
-        for name, unet in twins.items():
+        hook.remove()
+        ((positional, named),) = calls
+        for name, twin in twins.items():
             started = now()
-            backward = torch.is_grad_enabled()
-            inputs = noisy.detach().requires_grad_(backward)
-            output = unet(inputs, timesteps, encoder_hidden_states=condition["prompt_embeds"]).sample
+            where, key = (positional, 0) if positional else (named, "hidden_states")
+            where[key] = where[key].detach().requires_grad_(backward)
+            output = twin(*positional, **named).sample
             if backward:
                 output.float().square().mean().backward()
             spent[name] += now() - started
-            unet.zero_grad()
+            twin.zero_grad()
         return result
 
     return followed
@@ -331,28 +405,37 @@ def followed_by(twins, spent):
 def line_floor(bench):
     for mode in ("lora", "full"):
         for cached in (True, False):
-            # The first update warms up, the second counts for the first iteration; the third has a push and a load,
-            # which are no part of this line, and those behind it count for the second iteration.
-            updates = 3 + bench.rounds(2 if cached else 1)
-            options = dict(train_mode=mode, cache_latents=cached, reference="latest", replay_steps=3)
-            args = script.parse_args(bench.flags(bench.folder, "unused", **options))
-            twins = {"bare": bare_unet(args, adapters=False)}
-            if mode == "lora":
-                twins["with adapters"] = bare_unet(args, adapters=True)
-            spent = dict.fromkeys(twins, 0.0)
-            with mock.patch.object(script, "predict", followed_by(twins, spent)):
-                run = Run(bench, "floor", updates, note=lambda spent=spent: dict(spent), **options)
-            of_twins = [
-                {name: after[name] - before[name] for name in twins} for before, after in zip(run.notes, run.notes[1:])
-            ]
-            ours = [seconds - sum(twin.values()) for seconds, twin in zip(run.seconds, of_twins)]
-            for iteration, chosen in {"first": slice(1, 2), "second": slice(3, None)}.items():
-                if iteration == "first" and (mode == "full" or not cached):
-                    continue
-                for name in twins:
-                    what = f"{mode}{', cached' if cached else ''}, {iteration} iteration, over {name}"
-                    under = [twin[name] for twin in of_twins[chosen]]
-                    bench.row("floor", what, ratios(ours[chosen], under), ("<=", 1.05) if cached else None)
+            floor(bench, "floor", mode, cached)
+
+
+def line_flow(bench):
+    floor(FlowBench(Path(tempfile.mkdtemp(dir=bench.directory)), bench.quick), "flow", "lora", cached=True)
+
+
+def floor(bench, line, mode, cached):
+    """Rows of one train mode, with latents cached or not."""
+    # The first update warms up, the second counts for the first iteration; the third has a push and a load,
+    # which are no part of this line, and those behind it count for the second iteration.
+    updates, script = 3 + bench.rounds(2 if cached else 1), bench.script
+    options = dict(train_mode=mode, cache_latents=cached, reference="latest", replay_steps=3)
+    args = script.parse_args(bench.flags(bench.folder, "unused", **options))
+    twins = {"bare": bare_denoiser(script, args, adapters=False)}
+    if mode == "lora":
+        twins["with adapters"] = bare_denoiser(script, args, adapters=True)
+    spent = dict.fromkeys(twins, 0.0)
+    with mock.patch.object(script, "predict", followed_by(script, twins, spent)):
+        run = Run(bench, line, updates, note=lambda: dict(spent), **options)
+    of_twins = [
+        {name: after[name] - before[name] for name in twins} for before, after in zip(run.notes, run.notes[1:])
+    ]
+    ours = [seconds - sum(twin.values()) for seconds, twin in zip(run.seconds, of_twins)]
+    for iteration, chosen in {"first": slice(1, 2), "second": slice(3, None)}.items():
+        if iteration == "first" and (mode == "full" or not cached):
+            continue
+        for name in twins:
+            what = f"{mode}{', cached' if cached else ''}, {iteration} iteration, over {name}"
+            under = [twin[name] for twin in of_twins[chosen]]
+            bench.row(line, what, ratios(ours[chosen], under), ("<=", 1.05) if cached else None)
 
 
 class ObviousWay:

@@ -40,7 +40,7 @@ is added costs its own pictures only. Scores are computed each time.
 
 Models (--model [NAME=]PATH): whatever a training script leaves. An output_dir or a checkpoint-N, LoRA or full; an
 entry of replay/; any pipeline or LoRA of diffusers, on disk or on the hub. With --motion_adapter_name_or_path all of
-them are AnimateDiff's and draw clips.
+them are AnimateDiff's and draw clips. Bases are Stable Diffusion's, SDXL's or FLUX.2 [klein]'s.
 
 Prompts (--prompts): a file with a prompt a line (.txt), or a column of .jsonl, .csv or .parquet; anything else that
 datasets opens; or one of the sets that papers use: pickapic (Pick-a-Pic v2, validation_unique, 500), hpsv2 (the
@@ -97,10 +97,12 @@ from clip_measures import AGAINST_REFERENCE, FeatureNetwork, FrechetVideoDistanc
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    Flux2Transformer2DModel,
     MotionAdapter,
     UNet2DConditionModel,
 )
@@ -159,10 +161,12 @@ def draw(pipeline, prompts, noise, args):
         width=args.width,
         output_type="pil",
     )
-    noise = noise.to(pipeline.device, pipeline.unet.dtype)
+    if args.max_sequence_length is not None:
+        options["max_sequence_length"] = args.max_sequence_length
+    noise = noise.to(pipeline.device, denoiser_of(pipeline).dtype)
     if args.motion_adapter_name_or_path is None:
-        return pipeline(prompts, latents=noise, **options).images
-    return pipeline(prompts, latents=noise, num_frames=args.num_frames, **options).frames
+        return pipeline(prompt=prompts, latents=noise, **options).images
+    return pipeline(prompt=prompts, latents=noise, num_frames=args.num_frames, **options).frames
 
 
 def score_samples(scorer, folder, samples, batch_size):
@@ -325,11 +329,20 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap.")
     group.add_argument("--num_inference_steps", type=count, default=20, help="Sampler steps.")
     group.add_argument(
-        "--guidance_scale", type=float, help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, clips 8.0."
+        "--guidance_scale",
+        type=float,
+        help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, FLUX.2 4.0, clips 8.0.",
     )
-    group.add_argument("--scheduler", choices=["dpmsolver", "ddim"], default="dpmsolver", help="The sampler.")
+    group.add_argument(
+        "--scheduler",
+        choices=["dpmsolver", "ddim"],
+        help="The sampler. Default: dpmsolver; FLUX.2 has its own only.",
+    )
     group.add_argument("--height", type=side, help="Height, in pixels. Default: the base's own; clips 256.")
     group.add_argument("--width", type=side, help="Width, in pixels. Default: the base's own; clips 256.")
+    group.add_argument(
+        "--max_sequence_length", type=count, help="Tokens of a prompt, of FLUX.2 only. Default: the pipeline's 512."
+    )
     group.add_argument("--num_frames", type=count, default=16, help="Frames of a clip.")
     group.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the models. Default: fp16 on CUDA, else fp32."
@@ -519,14 +532,16 @@ def make_samples(prompts, args):
 
 LORA = "pytorch_lora_weights.safetensors"
 PARTS = (
-    r"(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler|motion_adapter)/[^/]+|model_index\.json"
+    r"(unet|transformer|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler|motion_adapter)/[^/]+"
+    r"|model_index\.json"
 )
 # What a folder with this file in it is, in which of its folders the weights are, and which files they are.
 PICTURE_KINDS = {
     "model_index.json": ("pipeline", None, PARTS),
     LORA: ("lora", None, re.escape(LORA)),
-    "unet/config.json": ("unet", "unet", r"unet/.+"),  # in a checkpoint of a full run
-    "config.json": ("unet", None, r"config\.json|diffusion_pytorch_model.*"),
+    "unet/config.json": ("denoiser", "unet", r"unet/.+"),  # in a checkpoint of a full run
+    "transformer/config.json": ("denoiser", "transformer", r"transformer/.+"),  # of FLUX.2
+    "config.json": ("denoiser", None, r"config\.json|diffusion_pytorch_model.*"),
 }
 CLIP_KINDS = {
     LORA: ("lora", None, re.escape(LORA)),
@@ -602,7 +617,9 @@ def find_base(args):
     reading = f"--base {args.base}"
     try:
         index = DiffusionPipeline.load_config(args.base, **source)
-        unet = UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)
+        flux2 = index["_class_name"] == "Flux2KleinPipeline"
+        if not flux2:
+            unet = UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)
         vae = AutoencoderKL.load_config(args.base, subfolder="vae", **source)
         if motion is not None:
             reading = f"--motion_adapter_name_or_path {motion}"
@@ -611,14 +628,37 @@ def find_base(args):
                 raise ValueError(f"it takes {longest} frames at most: lower --num_frames {args.num_frames}")
     except (OSError, ValueError) as error:
         raise UserError(f"{reading} cannot be used: {one_line(error)}") from error
-    own = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1) if motion is None else 256
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    own = 256 if motion is not None else scale * (128 if flux2 else unet["sample_size"])
     args.height, args.width = args.height or own, args.width or own
     if args.guidance_scale is None:
-        args.guidance_scale = 8.0 if motion is not None else 5.0 if "XL" in index["_class_name"] else 7.5
-    args.dtype = args.dtype or ("fp16" if torch.cuda.is_available() else "fp32")
+        xl = "XL" in index["_class_name"]
+        args.guidance_scale = 8.0 if motion is not None else 4.0 if flux2 else 5.0 if xl else 7.5
+    args.scheduler = args.scheduler or (None if flux2 else "dpmsolver")
+    check_family(args, scale, flux2)
+    args.dtype = args.dtype or (("bf16" if flux2 else "fp16") if torch.cuda.is_available() else "fp32")
     prints = [fingerprint_of(args.base, PARTS)]
     prints += [fingerprint_of(motion, CLIP_KINDS["config.json"][2])] if motion is not None else []
     return Model(BASE, args.base, BASE, " with ".join(prints))
+
+
+def check_family(args, scale, flux2):
+    """Raises UserError for flags that the base has no use for. `scale`: pixels of a latent, along one side."""
+    if flux2 and args.scheduler is not None:
+        raise UserError(f"--scheduler {args.scheduler} cannot sample FLUX.2, a flow model: drop it")
+    if flux2 and args.prediction_type is not None:
+        raise UserError("--prediction_type is not for FLUX.2, which predicts velocities: drop it")
+    if flux2 and (args.height % (2 * scale) or args.width % (2 * scale)):
+        raise UserError(
+            f"--height and --width must be multiples of {2 * scale} here, not {args.height} and {args.width}"
+        )
+    if not flux2 and args.max_sequence_length is not None:
+        raise UserError("--max_sequence_length is for FLUX.2 only: drop it")
+
+
+def denoiser_of(pipeline):
+    """The part that is trained: a UNet, or FLUX.2's transformer."""
+    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
 
 
 def load_pipeline(model, args, device):
@@ -642,18 +682,20 @@ def load_pipeline(model, args, device):
         raise
     except Exception as error:  # of four libraries
         raise UserError(f"model {model.name}: {model.path} cannot be loaded: {one_line(error)}") from error
-    pipeline.scheduler = make_scheduler(pipeline.scheduler, args)
+    if args.scheduler is not None:
+        pipeline.scheduler = make_scheduler(pipeline.scheduler, args)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, dtype)
 
 
 def picture_pipeline(model, args, dtype):
-    """The base, or the whole pipeline that `model` is, or the base with its unet."""
+    """The base, or the whole pipeline that `model` is, or the base with its denoiser."""
     options = dict(cache_dir=args.cache_dir, dtype=dtype)
-    if model.kind == "unet":
-        options["unet"] = UNet2DConditionModel.from_pretrained(model.path, subfolder=model.subfolder, **options)
+    if model.kind == "denoiser":
+        denoiser = AutoModel.from_pretrained(model.path, subfolder=model.subfolder, **options)
+        options["transformer" if isinstance(denoiser, Flux2Transformer2DModel) else "unet"] = denoiser
     if args.pretrained_vae_model_name_or_path is not None:
-        options["vae"] = AutoencoderKL.from_pretrained(
+        options["vae"] = AutoModel.from_pretrained(
             args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
         )
     path = args.base
@@ -691,27 +733,27 @@ def make_scheduler(scheduler, args):
 
 def load_weights(pipeline, path, args):
     """Puts a .safetensors file in the pipeline: a replay entry of either train mode, or LoRA weights for pipelines."""
-    weights, unet = load_file(path), pipeline.unet
+    weights, denoiser = load_file(path), denoiser_of(pipeline)
     own = {name.split(".lora_")[0] for name in weights}
-    if any(".lora_" in name for name in weights) and own <= {name for name, _ in unet.named_modules()}:
-        add_adapter(unet, weights, path, args)
+    if any(".lora_" in name for name in weights) and own <= {name for name, _ in denoiser.named_modules()}:
+        add_adapter(denoiser, weights, path, args)
     elif any(".lora" in name for name in weights):
         pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
     else:
-        unknown = set(weights) - set(unet.state_dict())
+        unknown = set(weights) - set(denoiser.state_dict())
         if unknown:
             raise UserError(
                 f"{path} does not fit the base: it has {len(unknown)} unknown weights, {min(unknown)} first"
             )
-        unet.load_state_dict(weights, strict=False)
+        denoiser.load_state_dict(weights, strict=False)
 
 
-def add_adapter(unet, weights, path, args):
+def add_adapter(denoiser, weights, path, args):
     """Adds the LoRA layers of a replay entry, which are named as peft does."""
     rank = next(weight.shape[0] for name, weight in weights.items() if name.endswith(".lora_A.weight"))
     targets = sorted({name.split(".lora_")[0] for name in weights})
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=find_alpha(path, args), target_modules=targets))
-    set_peft_model_state_dict(unet, weights)
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=find_alpha(path, args), target_modules=targets))
+    set_peft_model_state_dict(denoiser, weights)
 
 
 def find_alpha(path, args):
@@ -728,8 +770,9 @@ def find_alpha(path, args):
         if file.is_file():
             with safe_open(file, "pt") as saved:
                 told = json.loads((saved.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            if "unet.lora_alpha" in told:
-                return told["unet.lora_alpha"]
+            for part in ("unet", "transformer"):
+                if f"{part}.lora_alpha" in told:
+                    return told[f"{part}.lora_alpha"]
     raise UserError(f"{path} does not tell its lora_alpha, and no {LORA} of its run lies in {run}: give --lora_alpha")
 
 
@@ -741,6 +784,8 @@ def find_alpha(path, args):
 def noise_shape(pipeline, args):
     """The shape of one sample's noise."""
     sides = (args.height // pipeline.vae_scale_factor, args.width // pipeline.vae_scale_factor)
+    if hasattr(pipeline, "transformer"):  # FLUX.2's latents are patches of 2 x 2
+        return (pipeline.transformer.config.in_channels, sides[0] // 2, sides[1] // 2)
     frames = () if args.motion_adapter_name_or_path is None else (args.num_frames,)
     return (pipeline.vae.config.latent_channels, *frames, *sides)
 
@@ -792,7 +837,7 @@ def read_picture(path):
 # What pictures depend on, beside the weights: those drawn otherwise must not be mixed with them.
 PICTURE_SETTINGS = (
     "seed num_inference_steps guidance_scale scheduler height width num_frames dtype prediction_type lora_alpha "
-    "variant revision pretrained_vae_model_name_or_path"
+    "variant revision pretrained_vae_model_name_or_path max_sequence_length"
 ).split()
 
 
@@ -914,10 +959,11 @@ def write_page(samples, models, scores, table, args):
     """Writes index.html: a copy of page.html in which the run's data takes the place of the sample."""
     clips = args.motion_adapter_name_or_path is not None
     shape = f"{args.width} × {args.height}" + (f" × {args.num_frames} frames" if clips else "")
+    sampler = args.scheduler or "its own sampler"
     about = (
         f"{len(models)} models, {len(samples) // args.images_per_prompt} prompts, {args.images_per_prompt} "
         f"{'clip' if clips else 'picture'}{'s' if args.images_per_prompt > 1 else ''} of each, {shape}, "
-        f"{args.num_inference_steps} steps of {args.scheduler}, guidance {args.guidance_scale:g}, seed {args.seed}. "
+        f"{args.num_inference_steps} steps of {sampler}, guidance {args.guidance_scale:g}, seed {args.seed}. "
         f"Base: {args.base}."
     )
     data = {

@@ -94,15 +94,15 @@ def load_pipeline(folder, device):
     return pipeline.to(device)
 
 
-def load_aligned(base, aligned, device):
+def load_aligned(base, aligned, device, load=load_pipeline):
     if (aligned / "model_index.json").exists():  # --train_mode full leaves a whole pipeline
-        return load_pipeline(aligned, device)
-    pipeline = load_pipeline(base, device)
+        return load(aligned, device)
+    pipeline = load(base, device)
     pipeline.load_lora_weights(aligned)
     return pipeline
 
 
-def draw(pipeline, captions, per_caption, first_seed, batch_size=24):
+def draw(pipeline, captions, per_caption, first_seed, sampler=SAMPLER, batch_size=24):
     """`per_caption` pictures of every caption; a picture's noise belongs to its place, whatever the model."""
     jobs = [(caption, index) for index in range(per_caption) for caption in captions]
     pictures = []
@@ -110,7 +110,7 @@ def draw(pipeline, captions, per_caption, first_seed, batch_size=24):
         batch = jobs[start : start + batch_size]
         seeds = range(first_seed + start, first_seed + start + len(batch))
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        pictures += pipeline([caption for caption, _ in batch], generator=noise, **SAMPLER).images
+        pictures += pipeline(prompt=[caption for caption, _ in batch], generator=noise, **sampler).images
     return pictures, [caption for caption, _ in jobs]
 
 
@@ -143,9 +143,20 @@ def table(results):
     return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("quickstart"))
+def run(description, base, training_command, load=load_pipeline, sampler=SAMPLER, output_dir="quickstart"):
+    """
+    A quickstart from its command line to its table.
+
+    Args:
+        description: of the program, for its --help.
+        base: folder of the pipeline that is aligned.
+        training_command: function of the arguments and the flags that follow them.
+        load: function of a pipeline's folder and a device.
+        sampler: what the pipeline is called with, beside captions and noise.
+        output_dir: where all is written by default.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
     parser.add_argument("--winners_per_caption", type=int, default=20)
     parser.add_argument("--per_caption", type=int, default=10, help="scored pictures of each held-out caption")
     parser.add_argument("--aligned_per_caption", type=int, default=0, help="the same of each aligned caption")
@@ -171,12 +182,11 @@ def main():
     scorer, results, rows = load_scorer(), {}, {}
     captions = {"held out": (HELD_OUT, args.per_caption), "aligned": (ALIGNED, args.aligned_per_caption)}
     for model in ("base", "aligned"):
-        pipeline = (
-            load_pipeline(BASE, device) if model == "base" else load_aligned(BASE, args.output_dir / "aligned", device)
-        )
+        aligned = args.output_dir / "aligned"
+        pipeline = load(base, device) if model == "base" else load_aligned(base, aligned, device, load)
         for kind, (names, per_caption) in captions.items():
             if per_caption:
-                pictures, texts = draw(pipeline, names, per_caption, args.sample_seed)
+                pictures, texts = draw(pipeline, names, per_caption, args.sample_seed, sampler)
                 results[kind, model] = score(pictures, texts, scorer)
                 if kind == "held out":
                     rows[model] = pictures[: len(SHOWN)]
@@ -200,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, BASE, training_command)

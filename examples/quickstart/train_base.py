@@ -367,11 +367,8 @@ def samples(folder):
     return grid((torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1).split(10))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["vae", "unet", "export"])
-    parser.add_argument("--work_dir", type=Path, default=Path("emoji-base-work"))
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base")
+def add_training_flags(parser):
+    """What `train` and `latent_pool` read of the flags."""
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--lr", type=float)
@@ -383,11 +380,19 @@ def main():
     parser.add_argument("--pictures_per_caption", type=int, default=300)
     parser.add_argument("--degraded_share", type=float, default=0.58)
     parser.add_argument("--degradations", nargs="+", choices=DEGRADATIONS, default=DEGRADATIONS)
-    parser.add_argument("--vae", type=Path, help="a finished pipeline: its autoencoder instead of the first stage's")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--save_every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["vae", "unet", "export"])
+    parser.add_argument("--work_dir", type=Path, default=Path("emoji-base-work"))
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "base")
+    parser.add_argument("--vae", type=Path, help="a finished pipeline: its autoencoder instead of the first stage's")
+    add_training_flags(parser)
     defaults = {
         "vae": {"steps": 3800, "batch_size": 16, "lr": 1.5e-3, "decay_share": 0.45, "ema_decay": 0.995},
         "unet": {"steps": 3800, "batch_size": 64, "lr": 1e-3, "decay_share": 0.4, "ema_decay": 0.999},

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from helpers import SCRIPTS
+from helpers import EVERY, SCRIPTS, with_every
 from safetensors.torch import load_file, save_file
 
 
@@ -92,9 +92,10 @@ def test_latents_with_statistics_of_their_own(sdxl, load, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
+@with_every
 def test_latents_that_are_not_finite_stop_the_run(request, each, tmp_path, cached):
     """As those of SDXL's stock VAE in fp16; the row is named and no cache of them is kept."""
-    kind = next(kind for kind, script in SCRIPTS.items() if script is each.script)
+    kind = next(kind for kind, script in EVERY.items() if script is each.script)
     model = request.getfixturevalue("motion")[0] if kind == "video" else request.getfixturevalue(kind)
     shutil.copytree(model, tmp_path / "broken")
     path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"

@@ -209,11 +209,12 @@ def test_statistics_stay_in_fp32_where_the_rest_is_in_half(load):
         assert torch.equal(ours, theirs)
 
 
-def test_prompts_are_the_stock_ones_without_the_last_layers(load, pipeline):
-    _, models = load()
+@pytest.mark.parametrize("options, tokens", [({}, 512), (dict(max_sequence_length=100), 100)])
+def test_prompts_are_the_stock_ones_without_the_last_layers(load, pipeline, options, tokens):
+    _, models = load(**options)
     assert len(pipeline.text_encoder.model.layers) == 30 and len(models.text_encoder.layers) == 28
     with torch.no_grad():
-        theirs, _ = pipeline.encode_prompt([*CAPTIONS, ""])
+        theirs, _ = pipeline.encode_prompt([*CAPTIONS, ""], max_sequence_length=tokens)
     ours = torch.stack([row["prompt_embeds"] for row in script.encode_prompt(models, [*CAPTIONS, ""])])
     assert torch.equal(ours, theirs)
-    assert ours.shape[1] == 512
+    assert ours.shape[1] == tokens

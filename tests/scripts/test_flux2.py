@@ -51,7 +51,8 @@ def draw():
 
 def drawn(pipeline):
     noise = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    size = dict(height=64, width=64, num_inference_steps=3, guidance_scale=4.0)
+    size = dict(height=64, width=64, max_sequence_length=tiny.PROMPT_TOKENS)
+    size |= dict(num_inference_steps=3, guidance_scale=4.0)
     return pipeline(prompt="a red circle", latents=noise, output_type="latent", **size).images
 
 
@@ -182,17 +183,27 @@ def test_equal_captions_are_cached_once_and_the_size_is_told_first(train, tmp_pa
     caplog.set_level("INFO")
     told, encode = [], script.encode_latents
     monkeypatch.setattr(script, "encode_latents", lambda *a: told.append(caplog.text) or encode(*a))
-    run = train("cached", data=folder, cache_latents=True)
+    run = train("cached", data=folder, cache_latents=True, max_sequence_length=512)
     assert "Caching 6 winners and 2 captions" in told[0], "before the first winner is encoded"
-    assert "0.05 MiB a caption" in told[0]  # 512 tokens x 24 numbers in fp32
+    assert "0.0469 MiB a caption" in told[0]  # 512 tokens x 24 numbers in fp32
     (prompts,) = (run.path / "cache").rglob("prompts-*.safetensors")
     assert {name: tuple(value.shape) for name, value in load_file(prompts).items()} == {
         "0/prompt_embeds": (512, 24),
         "1/prompt_embeds": (512, 24),
     }
-    plain = train("plain", data=folder)
+    plain = train("plain", data=folder, max_sequence_length=512)
     for name in ("mse/policy_winner", "mse/policy_rival"):
         assert run.column(name) == pytest.approx(plain.column(name), rel=1e-5)
+
+
+def test_a_cache_of_prompts_of_another_length_is_not_used(train):
+    """Their embeddings are others, and the model has no mask that would hide it."""
+    short = train("run", cache_latents=True, max_train_steps=1)
+    (short.path / "pytorch_lora_weights.safetensors").unlink()
+    again = train("run", cache_latents=True, max_train_steps=1, max_sequence_length=120)
+    fresh = train("fresh", max_train_steps=1, max_sequence_length=120)
+    assert again.column("mse/policy_winner") == pytest.approx(fresh.column("mse/policy_winner"), rel=1e-5)
+    assert again.column("mse/policy_winner") != pytest.approx(short.column("mse/policy_winner"), rel=1e-4)
 
 
 def test_text_encoder_has_left_when_the_transformer_comes(train, monkeypatch):
@@ -230,6 +241,9 @@ def test_model_card_carries_the_licence_of_the_base(train, flux2, tmp_path):
     assert card.data.license == "apache-2.0"
     assert {"text-to-image", "flux2", "sspo", "lora"} <= set(card.data.tags)
     assert "pipeline(prompt=" in card.text, "the first argument by place is a picture"
+    assert f"max_sequence_length={tiny.PROMPT_TOKENS})" in card.text, "as it was trained"
+    card = ModelCard.load(train("512", max_sequence_length=512, max_train_steps=1).path / "README.md")
+    assert "max_sequence_length" not in card.text.split("```")[1], "the pipeline's own"
 
 
 # Refusals

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from helpers import SCRIPTS
+from helpers import SCRIPTS, with_every
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -68,6 +68,7 @@ def test_only_the_layers_that_are_named_get_adapters(trains, kind):
             assert all("motion_modules" in name for name in file.keys()), "the image model stays as it is"
 
 
+@with_every
 def test_layers_that_are_not_there_are_one_line(each):
     with pytest.raises(each.script.UserError, match="--lora_layers to_x cannot be had"):
         each(lora_layers="to_x")

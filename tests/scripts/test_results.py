@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from helpers import keep_models
+from helpers import keep_models, with_every
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -191,6 +191,7 @@ def test_tensorboard_gets_metrics_and_samples(trains, kind):
         assert (samples[1].width, samples[1].height) == drawn.size
 
 
+@with_every
 def test_push_to_hub_uploads_the_result_only(each, monkeypatch):
     calls = {}
     monkeypatch.setattr(each.script, "create_repo", lambda *a, **k: calls.update(create=a) or repository)
@@ -215,6 +216,7 @@ def test_hub_without_a_login_is_known_before_the_models_load(each, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@with_every
 def test_hub_that_refuses_costs_nothing(each, monkeypatch):
     """The result is written before, and the line says where."""
     monkeypatch.setattr(each.script, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="me/run"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import SCRIPTS, assert_same_but_for_rounding, assert_same_result, flags, resumed
+from helpers import EVERY, assert_same_but_for_rounding, assert_same_result, flags, resumed, with_every
 from safetensors.torch import load_file
 
 import train_sspo_sd as script
@@ -13,7 +13,7 @@ import train_sspo_sd as script
 GIVEN = dict(rivals="given", reference="initial", ssr="none", max_train_steps=3, random_flip=True, center_crop=None)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux2"])
 @pytest.mark.parametrize(
     "options", [{}, dict(cache_latents=True), dict(streaming=True)], ids=["", "cached", "streamed"]
 )
@@ -55,6 +55,7 @@ def test_the_loser_is_cropped_and_mirrored_as_its_winner(tmp_path, pairs):
     assert mirrored == {True, False}
 
 
+@with_every
 def test_given_rivals_need_pairs(each):
     with pytest.raises(each.script.UserError, match="--rivals given needs the columns .*label_0: the data set has"):
         each(rivals="given")
@@ -66,7 +67,7 @@ def test_given_rivals_need_pairs(each):
 KEPT = dict(rivals_per_winner=2, cache_latents=True, replay_steps=4, proportion_empty_prompts=0.3)
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_kept_rivals_are_sampled_once(trains, monkeypatch, kind):
     """8 or 6 winners, 2 rivals each: what is in the bank's folder is what the pairs had, and no more is sampled."""
     train, sampled, used = trains[kind], [], []

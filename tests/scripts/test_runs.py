@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models
+from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models, with_every
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -64,6 +64,7 @@ def test_first_update_is_ln_2_with_gaps_of_exactly_0(each, options):
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
+@with_every
 def test_sft_is_the_plain_denoising_loss(each, mode):
     """No reference, no rivals, no bank; its loss is the winners' error of the SSPO run with the same seed."""
     sft, sspo = (each(kind, loss_type=kind, train_mode=mode, max_train_steps=2) for kind in ("sft", "sspo"))
@@ -89,6 +90,7 @@ def test_prediction_type_is_what_is_trained(each):
     assert one.metrics[0]["loss"] != pytest.approx(other.metrics[0]["loss"], rel=1e-3)
 
 
+@with_every
 def test_nothing_is_in_training_mode(each, monkeypatch):
     """Dropout in the policy alone would bias the switch."""
     kept = keep_models(monkeypatch, each.script)
@@ -133,17 +135,19 @@ def test_validation_has_a_guidance_of_its_own(trains, kind, default):
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
+@with_every
 def test_gradient_checkpointing_changes_nothing(each, mode):
     """But that layers are called again for the backward."""
     options = dict(train_mode=mode, max_train_steps=3)
     plain, calls = count_calls(lambda: each("plain", **options))
     again, more_calls = count_calls(lambda: each("again", gradient_checkpointing=True, **options))
-    assert len(more_calls) > 1.1 * len(calls)
+    assert len(more_calls) > 1.03 * len(calls)
     assert again.column("loss") == plain.column("loss")
     assert again.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, dict(train_mode="full", gradient_checkpointing=True, draws_per_pair=2)])
+@with_every
 def test_split_pairs_change_nothing(each, options):
     """The gradients of winner and rival, one after the other, are those of both together, but for rounding."""
     together, split = each("together", **options), each("split", split_pairs=True, **options)
@@ -154,6 +158,7 @@ def test_split_pairs_change_nothing(each, options):
     assert split.column("loss") == pytest.approx(together.column("loss"), rel=1e-3)
 
 
+@with_every
 def test_loader_processes_change_nothing(each):
     options = dict(center_crop=False, random_flip=True, proportion_empty_prompts=0.4)
     alone, helped = (each(f"{workers}", dataloader_num_workers=workers, **options) for workers in (0, 2))
@@ -176,6 +181,7 @@ def test_layout_of_the_batch_does_not_matter(trains, kind, parts):
     )
 
 
+@with_every
 def test_seed_0_is_a_seed(each):
     """--seed 0 is kept to, and another seed is another run."""
     one, two, other = (each(name, seed=seed, checkpointing_steps=4) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
@@ -196,6 +202,7 @@ def test_8bit_adam_steps(train):
     assert run.column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
 
 
+@with_every
 def test_adafactor_steps(each):
     """Its second moments are kept as rows and columns, which is why it needs the least memory."""
     run = each(train_mode="full", optimizer="adafactor", max_train_steps=2, checkpointing_steps=2)
@@ -212,6 +219,7 @@ def test_epochs_set_the_number_of_updates(each):
     assert len(run.metrics) == {"image": math.ceil(2 * 8 / 3), "video": math.ceil(2 * 6 / 3)}[each.script.MODALITY]
 
 
+@with_every
 def test_learning_rate_follows_the_schedule(each):
     """It is stepped once an update, not once a micro-batch."""
     run = each(lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2)
@@ -227,6 +235,7 @@ def test_cosine_with_restarts_restarts(each):
 
 
 @pytest.mark.parametrize("options", [dict(train_mode="lora", cache_latents=True), dict(train_mode="full")])
+@with_every
 def test_no_run_is_told_that_something_is_deprecated(each, options):
     """Of `torch_dtype`, for one, diffusers warns when it loads a pipeline, and is silent when it loads a part."""
     with warnings.catch_warnings(record=True) as caught:
