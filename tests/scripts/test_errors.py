@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from faults import ranks_in_children, run_script
-from helpers import ENVIRONMENT, EVERY, ROOT, flags, forget_result, with_every
+from helpers import ENVIRONMENT, EVERY, ROOT, WAN, flags, forget_result, with_every
 from transformers import CLIPTextModel
 
 
@@ -22,8 +22,11 @@ from transformers import CLIPTextModel
 
 
 def words_of(kind, **options):
-    adapter = {"motion_adapter_name_or_path": "adapter"} if kind == "video" else {}
-    return flags("model", "data", "out", **{**adapter, **options})
+    own = {"motion_adapter_name_or_path": "adapter"} if kind == "video" else {}
+    if kind == "wan":
+        own = {**WAN, "height": options.pop("resolution", WAN["height"])}
+        own["width"] = own["height"]
+    return flags("model", "data", "out", **{**own, **options})
 
 
 @pytest.mark.parametrize(
@@ -90,9 +93,9 @@ def test_help_says_every_default(kind, capsys):
     options = re.split(r"\n  --", capsys.readouterr().out)[1:]
     # From behind: a line of a later group's text may begin with a flag's name too.
     told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in reversed(options)}
-    elsewhere = {"prediction_type", "rollout_scheduler", "output_kohya_format"}
-    elsewhere |= {"enable_xformers_memory_efficient_attention"}
-    assert set(told) == set(defaults) - (elsewhere if kind == "flux2" else set()), "FLUX.2 refuses what it has not"
+    elsewhere = {"prediction_type", "output_kohya_format", "enable_xformers_memory_efficient_attention"}
+    refused = {"flux2": elsewhere | {"rollout_scheduler"}, "wan": elsewhere | {"resolution"}}
+    assert set(told) == set(defaults) - refused.get(kind, set()), "what it has not is refused, and not told"
     for flag, text in told.items():
         if defaults[flag] is not None and defaults[flag] is not False and f"--{flag}" not in required:
             assert f"(default: {defaults[flag]})" in text or "Default: " in text, flag

@@ -70,5 +70,5 @@ def test_only_the_layers_that_are_named_get_adapters(trains, kind):
 
 @with_every
 def test_layers_that_are_not_there_are_one_line(each):
-    with pytest.raises(each.script.UserError, match="--lora_layers to_x cannot be had"):
+    with pytest.raises(each.script.UserError, match="--lora_layers to_x fits no layer"):
         each(lora_layers="to_x")
