@@ -1,5 +1,6 @@
 """gpu/report.py, as far as it needs no GPU. Its items on a pretended one: test_fake_cuda.py."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def test_what_there_is_no_time_for_is_named(make):
     assert make(items, "--only", "second")[0] == 0, "one that was not asked for is not missed"
 
 
+def test_more_minutes_are_more_for_each_item_too(make):
+    assert make({"slow": (2, "time.sleep(4)")})[0] == 1
+    assert make({"slow": (2, "time.sleep(4)")}, "--minutes", "30")[0] == 0
+
+
 def test_the_computed_peaks_are_those_of_the_memory_page():
     sections = re.split(r"\n\*\*(.+?)\*\*, ", (ROOT / "docs" / "memory.md").read_text())
     peaks = {}
@@ -108,3 +114,45 @@ def test_items_run_to_their_end_in_processes_of_their_own(tmp_path):
     assert told.returncode == 0, text
     assert re.search(r"\| versions \| \d+ \| ok \|\n\| nccl \| \d+ \| ok \|", text), "in the order of the list"
     assert re.search(r"\| torch \| \d+\.\d+", text) and "| checkpoint | True | ok |" in text
+
+
+# The configurations of estimate_memory.py with few and narrow layers.
+UNET = dict(norm_num_groups=4, layers_per_block=1)
+NARROW = {
+    "sd": dict(UNET, block_out_channels=(8, 16, 16, 16), cross_attention_dim=32, attention_head_dim=2),
+    "video": dict(UNET, block_out_channels=(8, 16, 16, 16), cross_attention_dim=32, num_attention_heads=2),
+    "sdxl": dict(
+        UNET,
+        block_out_channels=(8, 16, 16),
+        attention_head_dim=2,
+        transformer_layers_per_block=1,
+        cross_attention_dim=64,
+        projection_class_embeddings_input_dim=6 * 256 + 32,
+    ),
+}
+CLIP = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+KLEIN = dict(num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=3 * 16)
+QWEN = dict(
+    vocab_size=9, hidden_size=16, intermediate_size=16, num_attention_heads=1, num_key_value_heads=1, head_dim=16
+)
+
+
+@pytest.mark.parametrize("kind", report.SCRIPTS)
+def test_runs_at_the_real_size_are_of_models_that_are_built_here(kind, monkeypatch, tmp_path):
+    """All the way through, with few and narrow layers: a card's owner should not be the first to try."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples" / "benchmark"), *sys.path])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")  # the item takes it away
+    estimate_memory = importlib.import_module("estimate_memory")
+    for name, narrow in NARROW.items():
+        monkeypatch.setitem(estimate_memory.UNETS, name, {**estimate_memory.UNETS[name], **narrow})
+    narrow = dict(VAE=dict(UNET, block_out_channels=(8,) * 4), CLIP_L=CLIP, KLEIN_4B=KLEIN, QWEN3_4B=QWEN)
+    for name, values in {**narrow, "CLIP_G": dict(CLIP, projection_dim=32)}.items():
+        monkeypatch.setattr(estimate_memory, name, {**getattr(estimate_memory, name), **values})
+    _, flags, computed = report.SCRIPTS[kind]["runs"][-1]
+    run = (1, f"{flags} --resolution 64", computed)
+    monkeypatch.setitem(report.SCRIPTS, kind, {**report.SCRIPTS[kind], "precisions": ("bf16",), "runs": [run]})
+    told = {}
+    monkeypatch.setattr(report, "tell", lambda name, value, passed=None: told.update({name: (value, passed)}))
+    report.real(tmp_path, small=False, kind=kind)
+    assert told["first update"][1] and told["updates skipped, scale before each"][1]
+    assert float(told["seconds of an update (the first one)"][0].split()[0]) > 0
