@@ -15,6 +15,7 @@ marked ok or FAILED; the exit status is 1 if one failed.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import math
@@ -36,41 +37,32 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples" / "benchmark")]
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 
-# The scripts that are measured; another one is another entry. `tiny` makes its model in tests/tiny.py, and each of
-# `runs` is one at the real size: how many updates, its flags, and the peak in GiB that docs/memory.md computes for it.
-PICTURES = "--resolution 64 --center_crop"
-CLIPS = "--resolution 32 --num_frames 4 --frame_stride 2"
+# The scripts that are measured; another one is another entry:
+#   tiny        the function of tests/tiny.py that makes its model, and flags of its runs there
+#   precisions  which it can be trained in; fp16 first, which cards of any age have
+#   named       flags without which the real one does not start, beside those of the base model and the winners
+#   runs        at the real size: updates, flags, and the peak in GiB that docs/memory.md computes for them
 SHORT = "--gradient_accumulation_steps 2 --gradient_checkpointing --rollout_steps 4"
-BOTH = ("fp16", "bf16")
+CLIP = f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 16 --resolution 256"
 SCRIPTS = {
     "sd": dict(
-        tiny="stable_diffusion",
-        flags=PICTURES,
-        precisions=BOTH,
+        tiny=("stable_diffusion", "--resolution 64 --center_crop"),
+        precisions=("fp16", "bf16"),
         runs=[(6, "--gradient_accumulation_steps 4 --rollout_batch_size 4", 3.7)],
     ),
     "sdxl": dict(
-        tiny="stable_diffusion_xl",
-        flags=PICTURES,
-        precisions=BOTH,
+        tiny=("stable_diffusion_xl", "--resolution 64 --center_crop"),
+        precisions=("fp16", "bf16"),
         runs=[(2, f"{SHORT} --rollout_batch_size 2 --resolution 1024", 8.3)],
     ),
     "video": dict(
-        tiny="animate_diff",
-        flags=CLIPS,
-        precisions=BOTH,
-        runs=[
-            (2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 16 --resolution 256", 4.8),
-            (
-                2,
-                f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 16 --resolution 256 --split_pairs",
-                3.6,
-            ),
-        ],
+        tiny=("animate_diff", "--resolution 32 --num_frames 4 --frame_stride 2"),
+        precisions=("fp16", "bf16"),
+        named="--motion_adapter_name_or_path -",
+        runs=[(2, CLIP, 4.8), (2, f"{CLIP} --split_pairs", 3.6)],
     ),
     "flux2": dict(
-        tiny="flux2",
-        flags=PICTURES,
+        tiny=("flux2", "--resolution 64 --center_crop"),
         precisions=("bf16",),
         runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.6)],
     ),
@@ -148,6 +140,7 @@ class Run:
         load, check, write = script.load_models, script.check_finite, script.write_result
 
         def load_models(args, dtype):
+            gc.collect()  # of a run before this one
             models = build_real(kind, script, args, dtype) if real else load(args, dtype)
             if on_gpu():
                 torch.cuda.empty_cache()
@@ -180,20 +173,23 @@ def inputs(kind, folder, real):
     """The flags that name model and winners, which are made in `folder` when they are first asked for."""
     import tiny
 
-    clips = "num_frames" in SCRIPTS[kind]["flags"]
-    winners = folder / ("clips" if clips else "winners")
+    make, flags = SCRIPTS[kind]["tiny"]
+    clips = "--num_frames" in flags
+    winners, model = folder / ("clips" if clips else "winners"), folder / f"{kind}.json"
     if not winners.exists():
-        (functools.partial(tiny.folder_of_clips, length=16) if clips else tiny.folder_of_winners)(winners)
-    made = folder / f"{kind}-model"
-    if not real and not made.exists():
-        made.mkdir()
-        (made / "names.json").write_text(json.dumps(getattr(tiny, SCRIPTS[kind]["tiny"])(made / "model")))
-    names = json.loads((made / "names.json").read_text()) if not real else ["-", "-"] if clips else "-"
-    words = ["--train_data_dir", str(winners), *([] if real else SCRIPTS[kind]["flags"].split())]
-    flags = ("--pretrained_model_name_or_path", "--motion_adapter_name_or_path")
-    for flag, name in zip(flags, names if isinstance(names, list) else [names]):
+        tiny.folder_of_clips(winners, length=24) if clips else tiny.folder_of_winners(winners)
+    words = ["--train_data_dir", str(winners)]
+    if real:
+        return [*words, "--pretrained_model_name_or_path", "-", *SCRIPTS[kind].get("named", "").split()]
+    if not model.exists():
+        (folder / kind).mkdir()
+        made = getattr(tiny, make)(folder / kind / "model")
+        model.write_text(json.dumps([made] if isinstance(made, str) else made))
+    for flag, name in zip(
+        ("--pretrained_model_name_or_path", "--motion_adapter_name_or_path"), json.loads(model.read_text())
+    ):
         words += [flag, name]
-    return words
+    return [*words, *flags.split()]
 
 
 def tell_first_update(name, metrics):
@@ -257,10 +253,8 @@ def gap(folder, small):
     for kind, script in SCRIPTS.items():
         for precision in script["precisions"][-1 if small else 0 :]:
             for flags in ("", "--gradient_checkpointing --split_pairs", "--train_mode full")[: 1 if small else 3]:
-                words = (
-                    f"--mixed_precision {precision} --max_train_steps 1 --train_batch_size 2 --rollout_steps 2 {flags}"
-                )
-                run = Run(kind, folder, words, name=f"{precision}{flags}".replace(" ", ""))
+                words = f"--mixed_precision {precision} --max_train_steps 1 --train_batch_size 2 {flags}"
+                run = Run(kind, folder, f"{words} --rollout_steps 2", name=f"{precision}{flags}".replace(" ", ""))
                 tell_first_update(f"{kind} {precision} {flags}", run.metrics[0])
 
 
@@ -315,9 +309,8 @@ def rows(folder, small):
                 if "CUDA error" in told:  # after which nothing runs any more in this process
                     tell(f"{backend or 'default'}, {count} rows", told)
                     return
-            tell(
-                f"{backend or 'default'}, {count} rows", told, told == "ok" if not backend and count == 65535 else None
-            )
+            needed = backend is None and count == 65535
+            tell(f"{backend or 'default'}, {count} rows", told, told == "ok" if needed else None)
 
 
 def runs(folder, small):
@@ -337,10 +330,12 @@ def runs(folder, small):
             if metrics["step"] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
+        status = None
         try:
             Run(kind, folder, words, name="part", changes=dict(write_metrics=stop))
         except SystemExit as stopped:
-            tell(f"{kind}: exit after SIGTERM", stopped.code, stopped.code == 128 + signal.SIGTERM)
+            status = stopped.code
+        tell(f"{kind}: status after SIGTERM", status, status == 128 + signal.SIGTERM)
         part = Run(kind, folder, f"{words} --resume_from_checkpoint latest", name="part")
         off = max((part.weights[name] - weight).abs().max().item() for name, weight in whole.weights.items())
         moved = max(weight.abs().max().item() for name, weight in whole.weights.items() if "lora_B" in name)
@@ -356,7 +351,7 @@ def real(folder, small, kind):
     for number, (updates, flags, computed) in enumerate(SCRIPTS[kind]["runs"]):
         words = f"--mixed_precision {half(kind, small)} --cache_latents --train_batch_size 1 --validation_prompts fox "
         words += f"--max_train_steps {1 if small else updates} {flags}"
-        words += f" --rollout_steps 2 {SCRIPTS[kind]['flags']}" if small else ""
+        words += f" --rollout_steps 2 {SCRIPTS[kind]['tiny'][1]}" if small else ""
         tell_run(Run(kind, folder, words, real=not small, name=f"real{number}"), flags, computed)
 
 
@@ -401,11 +396,7 @@ def forward(folder, small):
             with torch.no_grad(), context():
                 tell(f"{name}, {batch} latents", f"{milliseconds(call):.1f} ms, {len(kernels(call))} kernels")
 
-    @contextlib.contextmanager
-    def plain():
-        with script.stock_precision(models, autocast):
-            yield
-
+    plain = functools.partial(script.stock_precision, models, autocast)
     compare("autocast, adapters in fp32 (as rollouts were)", autocast, torch.float32)
     compare("plain half precision, with adapters (as rollouts are)", plain, dtype)
     for layer in models.adapted_layers:
@@ -443,7 +434,7 @@ def full(folder, small):
     for number, (flags, changes, computed) in enumerate(cases):
         words = f"--mixed_precision {half('sd', small)} --cache_latents --train_batch_size 1 {FULL} {flags} "
         words += "--max_train_steps 2 --validation_prompts fox --rollout_steps 2"
-        words += f" {SCRIPTS['sd']['flags']}" if small else ""
+        words += f" {SCRIPTS['sd']['tiny'][1]}" if small else ""
         run = Run("sd", folder, words, real=not small, changes=changes, name=f"full{number}")
         tell_run(run, f"{FULL} {flags}{', and foreach=False' if changes else ''}", computed)
 
