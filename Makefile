@@ -8,7 +8,7 @@ STUDY := examples/study
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart quickstart-video quickstart-flux2 benchmark study test test-faults style fix-copies clean
+.PHONY: help quickstart quickstart-video quickstart-flux2 benchmark study test test-faults test-gpu style fix-copies clean
 
 help:
 	@echo "make quickstart        align the embedded model with SSPO, print its scores, draw before and after"
@@ -18,6 +18,7 @@ help:
 	@echo "make study             the studies' runs that are missing, then their tables and plots (a day)"
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
+	@echo "make test-gpu          what the scripts do on this machine's GPU: ten minutes, a report to send us"
 	@echo "make style             ruff, and whether the scripts' shared functions are still the same"
 	@echo "make fix-copies        rewrite the functions that the scripts share from where they come from"
 	@echo "make clean             delete the virtual environment and what the quickstarts left"
@@ -55,6 +56,9 @@ test: style
 test-faults: $(VENV)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m long
 
+test-gpu: $(VENV)/installed
+	$(BIN)/python tests/gpu/report.py
+
 style: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,4 +68,4 @@ fix-copies: $(VENV)/installed
 	$(BIN)/python utils/fix_copies.py
 
 clean:
-	rm -rf $(VENV) quickstart quickstart_video quickstart_flux2
+	rm -rf $(VENV) quickstart quickstart_video quickstart_flux2 gpu-report.md

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import report
 from helpers import ENVIRONMENT, ROOT, SCRIPTS, WAN, Run, assert_same_result, flags, forget_result
 
 
@@ -167,3 +168,13 @@ def test_fake_cuda_names_the_line_that_waits(train):
     assert len(waits) == 3 * 2 + 3 * 3, "three rollouts of two steps, three of validation pictures of three steps"
     assert all("_local_scalar_dense, line " in wait and " in self_sample: " in wait for wait in waits)
     assert all("predict(" in wait for wait in waits)
+
+
+@pytest.mark.parametrize("item", [name for name in report.ITEMS if name not in ("versions", "nccl")])
+def test_every_item_of_the_gpu_report_runs_there(gpu, tmp_path, item):
+    """On tiny models, so that a card's owner does not meet our mistakes. The other two: test_gpu_report.py."""
+    figures = tmp_path / "figures"
+    told = gpu(ROOT / "tests" / "gpu" / "report.py", ["--item", item, "--figures", str(figures), "--tiny"])
+    assert told["error"] is None
+    found = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert found and [figure for figure in found if figure["passed"] is False] == []

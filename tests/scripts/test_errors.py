@@ -90,9 +90,9 @@ def test_help_says_every_default(kind, capsys):
     defaults = vars(script.parse_args(required))
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
-    options = re.split(r"\n  --", capsys.readouterr().out)[1:]
-    # From behind: a line of a later group's text may begin with a flag's name too.
-    told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in reversed(options)}
+    # A line of a group's text may begin with a flag's name too, but not with what it takes behind it.
+    options = re.split(r"\n  --(?=\w+(?: [A-Z{]|  |\n))", capsys.readouterr().out)[1:]
+    told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in options}
     elsewhere = {"prediction_type", "output_kohya_format", "enable_xformers_memory_efficient_attention"}
     refused = {"flux2": elsewhere | {"rollout_scheduler"}, "wan": elsewhere | {"resolution"}}
     assert set(told) == set(defaults) - refused.get(kind, set()), "what it has not is refused, and not told"

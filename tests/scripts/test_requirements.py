@@ -54,3 +54,13 @@ def test_python_3_11_and_diffusers_0_42_are_asked_for_everywhere():
         assert diffusers == "diffusers>=0.42,<0.43"
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["tool"]["ruff"]["target-version"] == "py311"
+
+
+def test_xformers_is_pinned_beside_the_torch_that_it_was_built_with():
+    """As the file says it, from the metadata of both: beside another CUDA its library does not load."""
+    text = (ROOT / "requirements-xformers.txt").read_text()
+    comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    xformers, torch, cuda = re.search(r"xformers ([\d.]+), .*? built with torch ([\d.]+)\+cu(\d+)", comment).groups()
+    pins = requirements(text.splitlines())
+    assert (pins["xformers"], pins["torch"]) == (f"xformers=={xformers}", f"torch=={torch}")
+    assert f"torch is built for CUDA {cuda[:2]}.{cuda[2:]} in {torch.rsplit('.', 1)[0]} " in comment
