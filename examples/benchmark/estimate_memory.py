@@ -243,6 +243,7 @@ def build_models(family, script, args, dtype):
             denoiser=build(Flux2Transformer2DModel, torch.float32 if full else dtype, **KLEIN_4B),
             noise_scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             timestep_shift=args.timestep_shift,
+            max_sequence_length=args.max_sequence_length,
         )
     parts = dict(tokenizer=tokenize, text_encoder=build(CLIPTextModel, dtype, CLIPTextConfig(**CLIP_L)))
     if family == "sdxl":

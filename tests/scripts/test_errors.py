@@ -84,9 +84,9 @@ def test_help_says_every_default(kind, capsys):
     defaults = vars(script.parse_args(required))
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
-    options = re.split(r"\n  --", capsys.readouterr().out)[1:]
-    # From behind: a line of a later group's text may begin with a flag's name too.
-    told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in reversed(options)}
+    # A line of a group's text may begin with a flag too, but other words follow.
+    options = re.split(r"\n  --(?=\w+(?:\n|  | [A-Z{]))", capsys.readouterr().out)[1:]
+    told = {re.match(r"\w+", option)[0]: " ".join(option.split()) for option in options}
     elsewhere = {"prediction_type", "rollout_scheduler", "output_kohya_format"}
     elsewhere |= {"enable_xformers_memory_efficient_attention"}
     assert set(told) == set(defaults) - (elsewhere if kind == "flux2" else set()), "FLUX.2 refuses what it has not"
