@@ -700,11 +700,11 @@ def add_pipeline_arguments(parser):
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
         "are of that. A velocity error is (1 - sigma)^-2 times the error of the noise that Stable Diffusion has; the "
         "median of that factor over the drawn sigmas is (1 + s)^2 at --timestep_shift s. So what --beta_dpo 2000 is "
-        "there is 2000 / (1 + s)^2 here: 500 at 1, 125 at 3, 33 at 6.8. It was worked out, not tried. "
-        "--rollout_strength counts steps of the sampler and is no sigma: of 20 steps, 0.7 begins at sigma 0.94, 0.5 "
-        "at 0.87, 0.3 at 0.74 and 0.2 at 0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. "
-        "(Stable Diffusion's 0.7 is a sigma of 0.77.) Rivals and pictures are sampled as the pipeline does, by Euler "
-        "steps.",
+        "there is 2000 / (1 + s)^2 here: 500 at 1, 125 at 3, 33 at 6.8. This was worked out; what was tried is 500 at "
+        "1, on the small model of examples/quickstart. --rollout_strength counts steps of the sampler and is no "
+        "sigma: of 20 steps, 0.7 begins at sigma 0.94, 0.5 at 0.87, 0.3 at 0.74 and 0.2 at 0.63 at 512 x 512, and at "
+        "0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. (Stable Diffusion's 0.7 is a sigma of 0.77.) Rivals and pictures "
+        "are sampled as the pipeline does, by Euler steps.",
     ).add_argument
     add(
         "--timestep_shift",

@@ -306,6 +306,7 @@ def build_models(family, script, args, dtype):
             denoiser=build(Flux2Transformer2DModel, torch.float32 if full else dtype, **KLEIN_4B),
             noise_scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             timestep_shift=args.timestep_shift,
+            max_sequence_length=args.max_sequence_length,
         )
     if family == "wan":
         large = args.pretrained_model_name_or_path == WAN_2_2

@@ -194,7 +194,7 @@ def main():
     parser.add_argument("--sigma_mean", type=float, default=0.4, help="of the logit-normal sigmas, before the sigmoid")
     add_training_flags(parser)
     parser.set_defaults(
-        steps=6000, batch_size=32, lr=1.5e-3, decay_share=0.4, ema_decay=0.999, degraded_share=0.75, save_every=250
+        steps=2800, batch_size=32, lr=1.5e-3, decay_share=0.4, ema_decay=0.999, degraded_share=0.75, save_every=250
     )
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
