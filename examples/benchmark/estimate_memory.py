@@ -228,6 +228,7 @@ TABLE = [
             "--gradient_checkpointing --split_pairs",
             "--gradient_checkpointing --split_pairs --num_frames 121",
             "--train_mode full --gradient_checkpointing --optimizer adafactor",
+            "--train_mode full --gradient_checkpointing --optimizer adafactor --num_frames 17",
         ],
     ),
 ]
