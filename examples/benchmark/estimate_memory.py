@@ -199,7 +199,7 @@ TABLE = [
         ],
     ),
     (
-        "Wan 2.1 1.3B, 33 frames of 480 x 832",
+        "Wan 2.1 1.3B, 33 frames of 480 × 832",
         "wan --mixed_precision bf16 --cache_latents --rollout_batch_size 1",
         [
             "",
@@ -210,7 +210,7 @@ TABLE = [
         ],
     ),
     (
-        "Wan 2.1 1.3B, 81 frames of 480 x 832",
+        "Wan 2.1 1.3B, 81 frames of 480 × 832",
         "wan --mixed_precision bf16 --cache_latents --rollout_batch_size 1 --num_frames 81",
         [
             "--gradient_checkpointing",
@@ -220,7 +220,7 @@ TABLE = [
         ],
     ),
     (
-        "Wan 2.2 TI2V 5B, 33 frames of 704 x 1280",
+        "Wan 2.2 TI2V 5B, 33 frames of 704 × 1280",
         f"wan --pretrained_model_name_or_path {WAN_2_2} --mixed_precision bf16 --cache_latents --rollout_batch_size 1 "
         "--height 704 --width 1280",
         [
@@ -228,6 +228,7 @@ TABLE = [
             "--gradient_checkpointing --split_pairs",
             "--gradient_checkpointing --split_pairs --num_frames 121",
             "--train_mode full --gradient_checkpointing --optimizer adafactor",
+            "--train_mode full --gradient_checkpointing --optimizer adafactor --num_frames 17",
         ],
     ),
 ]
