@@ -472,6 +472,7 @@ def run(family, script, args, memory):
     for group in optimizer.param_groups:
         group["foreach"] = True  # as on a GPU
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
+    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # as main does
     optimizer.step = memory.during("step", optimizer.step)
 
     def validate():

@@ -234,9 +234,11 @@ def versions(folder, small):
         tell("card", torch.cuda.get_device_name(0))
         tell("compute capability", ".".join(map(str, torch.cuda.get_device_capability(0))))
         tell("memory", gib(torch.cuda.mem_get_info()[1]))
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-        tell("driver, power limit", subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    nvidia = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    commit = ["git", "-C", str(ROOT), "log", "-1", "--format=%h of %as"]
+    for name, command in {"driver, power limit": nvidia, "commit": commit}.items():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            tell(name, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     tell("system", f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPU cores")
     tell("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
     packages = "torch diffusers transformers accelerate datasets peft bitsandbytes xformers triton"
@@ -541,9 +543,17 @@ def measure(name, limit, args):
     return dict(name=name, seconds=seconds, figures=found, problem=problem, tail=tail, failed=failed)
 
 
-def markdown(done, left):
+def markdown(done, left, tiny):
     """The report: a line for each item, then its figures."""
-    lines = ["# GPU report", "", time.strftime("%Y-%m-%d %H:%M"), "", "| item | seconds | |", "| --- | --- | --- |"]
+    note = ". Of tiny models: it shows that the items run, and measures nothing." if tiny else ""
+    lines = [
+        "# GPU report",
+        "",
+        time.strftime("%Y-%m-%d %H:%M") + note,
+        "",
+        "| item | seconds | |",
+        "| --- | --- | --- |",
+    ]
     lines += [f"| {one['name']} | {one['seconds']:.0f} | {'FAILED' if one['failed'] else 'ok'} |" for one in done]
     lines += [f"| {name} | | not run |" for name in left]
     for one in done:
@@ -594,7 +604,7 @@ def main(args):
         limit = ITEMS[name][1] * max(args.minutes / MINUTES, 1)
         done.append(measure(name, min(limit, left), args))
         print(f"{name}: {'FAILED' if done[-1]['failed'] else 'ok'}, {done[-1]['seconds']:.0f} s", flush=True)
-        Path(args.output).write_text(markdown(done, names[number + 1 :]))
+        Path(args.output).write_text(markdown(done, names[number + 1 :], args.tiny))
     print(f"\n{Path(args.output).read_text()}\nwritten to {args.output}")
     sys.exit(1 if any(one["failed"] for one in done) or len(done) < len(names) else 0)
 
