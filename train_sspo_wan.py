@@ -724,8 +724,10 @@ def add_pipeline_arguments(parser):
     )
     samplers = "The sampler of rivals and clips. Default: the model's own, with its settings."
     add("--rollout_scheduler", choices=["unipc", "euler"], help=samplers)
-    negative = "What guidance leads away from. It has nothing to do with --proportion_empty_prompts."
-    add("--negative_prompt", default="", help=negative)
+    negative = (
+        "What guidance leads away from, of rivals and clips. A dropped caption does not become it. Default: nothing."
+    )
+    add("--negative_prompt", help=negative)
     for flag, reason in {
         "--prediction_type": "Wan predicts velocities",
         "--resolution": "clips have a --height and a --width",
@@ -750,15 +752,15 @@ def add_clip_arguments(parser):
         "--fps",
         type=number(int, 1),
         help="Frames a second of the model. Default: 16 for Wan 2.1, 24 for Wan 2.2 5B. A file has a rate of its own, "
-        "and of it those frames are taken that the model would show, from a random start, so that things move as fast "
-        "as they did: every second one of a file with 32 a second, each one twice of a file with 8. Clips in samples/ "
-        "are written at this rate.",
+        "of which the average is read, and of its frames those are taken that the model would show, from a random "
+        "start, so that things move as fast as they did: every second one where there are 32 a second, each one twice "
+        "where there are 8. Clips in samples/ are written at this rate.",
     )
     add(
         "--frame_stride",
         type=number(int, 0),
-        help="Instead: every so many-th frame, whatever the rate of the file; things then move faster or slower than "
-        "they did. 0: as many as are needed, spread over the whole clip. Default: by --fps.",
+        help="In place of that: every so many-th frame, whatever the rate of the file; things then move faster or "
+        "slower than they did. 0: as many as are needed, spread over the whole clip. Default: taken by --fps.",
     )
     add("--height", type=number(int, 1), default=480, help="Height, in pixels: a multiple of 16, of Wan 2.2 5B 32.")
     add("--width", type=number(int, 1), default=832, help="Width, in pixels: a multiple of 16, of Wan 2.2 5B 32.")
@@ -1037,7 +1039,7 @@ def encode_prompt(models, captions):
 
 def encode_empty(models, args):
     """The prompt of a dropped caption, and the one that guidance leads away from."""
-    return encode_prompt(models, [""])[0], encode_prompt(models, [args.negative_prompt])[0]
+    return encode_prompt(models, [""])[0], encode_prompt(models, [args.negative_prompt or ""])[0]
 
 
 # Copied from train_sspo_sd.uncropped

@@ -55,7 +55,7 @@ def sample(models, args, noise, **options):
     scheduler = script.rollout_scheduler(models, args)
     given = (args.rollout_steps, args.rollout_guidance_scale)
     return script.self_sample(
-        models.denoiser, scheduler, noise, *conditions(models, args.negative_prompt), *given, **options
+        models.denoiser, scheduler, noise, *conditions(models, args.negative_prompt or ""), *given, **options
     )
 
 

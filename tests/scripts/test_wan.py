@@ -358,5 +358,5 @@ def test_wrong_flags_are_one_line(capsys, options, message):
 def test_defaults_are_the_models_own_size():
     args = script.parse_args(flags("unused", "unused", "unused", resolution=None))
     assert (args.height, args.width, args.num_frames, args.fps) == (480, 832, 33, None)
-    assert (args.beta_dpo, args.validation_guidance_scale, args.negative_prompt) == (500, 5, "")
+    assert (args.beta_dpo, args.validation_guidance_scale, args.negative_prompt) == (500, 5, None)
     assert Path(script.__file__).name == "train_sspo_wan.py"
