@@ -101,6 +101,7 @@ def test_the_computed_peaks_are_those_of_the_memory_page():
         "sdxl": "Stable Diffusion XL, 1024²",
         "video": "AnimateDiff, 16 frames of 256²",
         "flux2": "FLUX.2 [klein] base 4B, 512²",
+        "wan": "Wan 2.1 1.3B, 33 frames of 480 × 832",
     }
     for kind, script in report.SCRIPTS.items():
         assert {str(computed) for _, _, computed in script["runs"]} <= peaks[headings[kind]]
@@ -136,6 +137,9 @@ QWEN = dict(
     vocab_size=9, hidden_size=16, intermediate_size=16, num_attention_heads=1, num_key_value_heads=1, head_dim=16
 )
 
+WAN = dict(num_layers=1, num_attention_heads=2, text_dim=16, ffn_dim=32)
+UMT5 = dict(d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=1)
+
 
 @pytest.mark.parametrize("kind", report.SCRIPTS)
 def test_runs_at_the_real_size_are_of_models_that_are_built_here(kind, monkeypatch, tmp_path):
@@ -146,10 +150,12 @@ def test_runs_at_the_real_size_are_of_models_that_are_built_here(kind, monkeypat
     for name, narrow in NARROW.items():
         monkeypatch.setitem(estimate_memory.UNETS, name, {**estimate_memory.UNETS[name], **narrow})
     narrow = dict(VAE=dict(UNET, block_out_channels=(8,) * 4), CLIP_L=CLIP, KLEIN_4B=KLEIN, QWEN3_4B=QWEN)
+    narrow |= dict(WAN_1_3B=WAN, WAN_VAE=dict(base_dim=4), UMT5_XXL=UMT5)
     for name, values in {**narrow, "CLIP_G": dict(CLIP, projection_dim=32)}.items():
         monkeypatch.setattr(estimate_memory, name, {**getattr(estimate_memory, name), **values})
     _, flags, computed = report.SCRIPTS[kind]["runs"][-1]
-    run = (1, f"{flags} --resolution 64", computed)
+    side = "--height 32 --width 32 --num_frames 5" if kind == "wan" else "--resolution 64"
+    run = (1, f"{flags} {side}", computed)
     monkeypatch.setitem(report.SCRIPTS, kind, {**report.SCRIPTS[kind], "precisions": ("bf16",), "runs": [run]})
     told = {}
     monkeypatch.setattr(report, "tell", lambda name, value, passed=None: told.update({name: (value, passed)}))

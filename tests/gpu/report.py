@@ -66,6 +66,12 @@ SCRIPTS = {
         precisions=("bf16",),
         runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.6)],
     ),
+    "wan": dict(
+        tiny=("wan", "--height 32 --width 32 --num_frames 5"),
+        precisions=("bf16",),
+        named="--fps 16",
+        runs=[(2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0", 11.3)],
+    ),
 }
 FULL = "--train_mode full --gradient_checkpointing --gradient_accumulation_steps 2 --rollout_batch_size 2"
 
