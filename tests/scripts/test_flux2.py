@@ -165,7 +165,7 @@ def test_layout_of_the_batch_does_not_matter(train, cached):
 
 
 def test_two_processes_make_the_same_run(train, flux2, winners, tmp_path):
-    options = dict(LAYOUT, cache_latents=True, split_pairs=True)
+    options = dict(LAYOUT, cache_latents=True, split_pairs=True, max_sequence_length=tiny.PROMPT_TOKENS)
     words = flags(flux2, winners, tmp_path / "two", train_batch_size=2, **options)
     process = launch(words, processes=2, script="train_sspo_flux2.py")
     output, _ = process.communicate(timeout=240)
