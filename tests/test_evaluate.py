@@ -163,7 +163,7 @@ def trained(tmp_path_factory, sd, sdxl, motion, flux2, winners):
     return make
 
 
-@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in EVERY for mode in MADE])
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in EVERY if kind != "wan" for mode in MADE])
 def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode):
     """From the noise of the run's validation, what samples/step-4.png shows: the base above, the policy below."""
     base, adapter, folder = trained(kind, mode)

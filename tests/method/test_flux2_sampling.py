@@ -100,6 +100,7 @@ def test_in_half_precision_rivals_are_the_stock_pipelines_to_the_bit(trains, flu
             pipeline.load_lora_weights(run.path / f"checkpoint-{step}")
         noise = script.keyed_noise("rival", 0, batch["keys"], batch["winner"].shape[1:]).bfloat16()
         options = dict(num_inference_steps=3, guidance_scale=guidance, height=64, width=64, output_type="latent")
+        options["max_sequence_length"] = tiny.PROMPT_TOKENS
         unpack = pipeline._unpack_latents_with_ids  # the last that is in training space
         pipeline._unpack_latents_with_ids = lambda *a, unpack=unpack: drawn.append(unpack(*a)) or drawn[-1]
         pipeline(prompt=[tiny.CAPTIONS[row] for _, row in batch["keys"]], latents=noise, **options)

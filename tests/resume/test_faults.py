@@ -94,7 +94,7 @@ def test_stopped_run_saves_within_its_update_and_ends_as_if_never_stopped(train,
         saved = sorted(path.name for path in run.path.glob("checkpoint-*"))
         assert saved == [f"checkpoint-{n}" for n in sorted({*range(3, step, 3), step})[-2:]]
         drawn = {int(path.stem.split("-")[1]) for path in run.path.glob("samples/*")}
-        due = set(range(3, step, 3)) | ({step} if what == "validation" else set())  # there it ends with the last sample
+        due = {*range(3, step, 3), *([step] if what == "validation" else [])}  # there it ends with the last sample
         assert drawn == due, "those of the update that was stopped come after it is resumed"
     again = train("stopped", resume_from_checkpoint="latest", **options)
     assert_same_result(whole(train, **options), again)
