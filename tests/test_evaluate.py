@@ -17,7 +17,7 @@ import scipy.linalg
 import scipy.stats
 import tiny
 import torch
-from helpers import EVERY, ROOT, flags, newcomer, notices, run_main
+from helpers import EVERY, ROOT, WAN, flags, newcomer, notices, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -90,9 +90,7 @@ def test_a_picture_hangs_on_its_prompt_not_on_order_batch_or_number_of_prompts(r
     a, b = drawn(tmp_path / "a"), drawn(tmp_path / "b")
     assert len(a) == 4 and set(a) < set(b)
     assert max(np.abs(a[name] - b[name]).max() for name in a) <= 1
-    samples = evaluate.make_samples(
-        ["x", "y"], argparse.Namespace(images_per_prompt=2, motion_adapter_name_or_path=None)
-    )
+    samples = evaluate.make_samples(["x", "y"], argparse.Namespace(images_per_prompt=2, clips=False))
     noises = [evaluate.noise_of(sample, (4, 8, 8), 0) for sample in samples]
     assert len({noise[0, 0, 0].item() for noise in noises}) == 4, "each has noise of its own"
     assert not torch.equal(noises[0], evaluate.noise_of(samples[0], (4, 8, 8), 1)), "the seed counts"
@@ -140,9 +138,12 @@ MADE = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sd, sdxl, motion, flux2, winners):
+def trained(tmp_path_factory, sd, sdxl, motion, flux2, wan, winners):
     """trained(pipeline, mode): the base, the motion adapter or None, and the folder of a run of that script."""
-    bases, runs = {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion, "flux2": (flux2, None)}, {}
+    bases, runs = (
+        {"sd": (sd, None), "sdxl": (sdxl, None), "video": motion, "flux2": (flux2, None), "wan": (wan, None)},
+        {},
+    )
 
     def make(kind, mode):
         base, adapter = bases[kind]
@@ -151,8 +152,11 @@ def trained(tmp_path_factory, sd, sdxl, motion, flux2, winners):
             options = dict(train_mode=mode, lora_alpha=3, rank=2, learning_rate=3e-2, validation_prompts=PROMPTS)
             options.update(checkpointing_steps=4, validation_steps=4, rollout_steps=2)
             data = winners
+            if kind in ("video", "wan"):
+                data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=5)
+            if kind == "wan":
+                options.update(WAN, frame_stride=1)
             if kind == "video":
-                data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=4)
                 options.update(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=1)
             if kind == "flux2":
                 options.update(max_sequence_length=32)
@@ -163,19 +167,21 @@ def trained(tmp_path_factory, sd, sdxl, motion, flux2, winners):
     return make
 
 
-@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in EVERY if kind != "wan" for mode in MADE])
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in EVERY for mode in MADE])
 def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode):
     """From the noise of the run's validation, what samples/step-4.png shows: the base above, the policy below."""
     base, adapter, folder = trained(kind, mode)
-    words = ["--base", base, "--prompts", "x", "--num_inference_steps", 2, "--height", 64, "--width", 64]
-    words += ["--motion_adapter_name_or_path", adapter, "--num_frames", 4] if adapter else []
+    side, frames = (WAN["height"], WAN["num_frames"]) if kind == "wan" else (64, 4 if adapter else None)
+    words = ["--base", base, "--prompts", "x", "--num_inference_steps", 2, "--height", side, "--width", side]
+    words += ["--num_frames", frames] if frames else []
+    words += ["--motion_adapter_name_or_path", adapter] if adapter else []
     words += ["--max_sequence_length", 32] if kind == "flux2" else []
     args = evaluate.parse_args(list(map(str, words)))
     models = [evaluate.find_base(args)]
     paths = [path for path in MADE[mode] if path != "pytorch_lora_weights.safetensors" or kind == "sd"]
     models += [evaluate.find_model("run", str(folder / path), args) for path in paths]
-    shown = tiny.rows_of(folder / "samples" / "step-4.png", 4 if adapter else 2, 4 if adapter else 2)
-    shown = [shown[0::2], shown[1::2]] if adapter else shown  # a clip is a line; a picture is a cell
+    shown = tiny.rows_of(folder / "samples" / "step-4.png", 4 if frames else 2, frames or 2)
+    shown = [shown[0::2], shown[1::2]] if frames else shown  # a clip is a line; a picture is a cell
     assert tiny.difference(flat(shown[0]), flat(shown[1])) > 20, "the policy has left the base"
     for model in models:
         pipeline = evaluate.load_pipeline(model, args, "cpu")
@@ -205,8 +211,31 @@ def test_what_flux2_has_no_use_for_is_refused(flux2, words, told):
     assert "\n" not in str(error.value)
 
 
-def test_defaults_are_those_of_the_base(flux2, sd):
-    """FLUX.2 in its own size, at its own guidance and by its own sampler; its prompts have a length, no others do."""
+def test_what_wan_has_no_use_for_is_refused(wan, sd):
+    for words, told in {
+        ("--scheduler", "ddim"): "--scheduler ddim cannot sample Wan",
+        ("--num_frames", "16"): "must be 4k \\+ 1 for Wan, such as 33 or 81, not 16",
+        ("--motion_adapter_name_or_path", "x"): "--motion_adapter_name_or_path x cannot be used",
+        ("--max_sequence_length", "77"): "for FLUX.2 only",
+        ("--width", "40"): "must be multiples of 16 here",
+    }.items():
+        with pytest.raises(evaluate.UserError, match=told):
+            evaluate.find_base(evaluate.parse_args(["--base", wan, "--prompts", "x", *words]))
+    words = ["--base", sd, "--prompts", "x", "--scorer", "psnr", "--reference_dir", "real"]
+    with pytest.raises(evaluate.UserError, match="psnr compares clips with real ones, and these models draw pictures"):
+        evaluate.find_base(evaluate.parse_args(words))
+
+
+def test_defaults_are_those_of_the_base(flux2, sd, wan, wan_large):
+    """
+    FLUX.2 and Wan in their own size, at their own guidance and by their own sampler; Wan's clips at its own frames a
+    second; FLUX.2's prompts have a length, no others do.
+    """
+    for base, fps in ((wan, 16), (wan_large, 24)):
+        args = evaluate.parse_args(["--base", base, "--prompts", "x"])
+        evaluate.find_base(args)
+        assert (args.height, args.width, args.num_frames, args.fps, args.clips) == (480, 832, 33, fps, True)
+        assert (args.guidance_scale, args.scheduler, args.frame_stride) == (5.0, None, 1)
     args = evaluate.parse_args(["--base", flux2, "--prompts", "x"])
     evaluate.find_base(args)
     assert (args.height, args.width, args.guidance_scale, args.scheduler) == (1024, 1024, 4.0, None)
@@ -540,8 +569,8 @@ def test_the_emoji_scorer_serves(tmp_path):
 def test_a_clip_is_read_as_it_was_written(tmp_path):
     frames = tiny.moving_frames(PROMPTS[0], count=5)
     frames[2] = frames[3] = frames[1]  # encoders make one long frame of these
-    evaluate.write_picture(frames, tmp_path / "clip.webp")
-    read = evaluate.read_picture(tmp_path / "clip.webp")
+    evaluate.write_picture(frames, tmp_path / "clip.webp", fps=24)
+    read = evaluate.read_picture(tmp_path / "clip.webp", fps=24)
     assert len(read) == 5 and tiny.difference(flat(read), flat(frames)) == 0
 
 
@@ -567,7 +596,7 @@ def test_clips_are_scored_frame_by_frame_and_against_real_ones(evaluated_clips):
     args, found = evaluated_clips
     references = evaluate.load_references(args)
     for sample in found["samples"]:
-        frames = evaluate.read_picture(Path(args.output_dir, sample["file"]))
+        frames = evaluate.read_picture(Path(args.output_dir, sample["file"]), args.fps)
         assert len(frames) == 4
         assert sample["scores"]["redness"] == np.mean([frame.getpixel((0, 0))[0] for frame in frames])
         error = np.mean((flat(frames) / 255 - references.first(sample["prompt"]).permute(0, 2, 3, 1).numpy()) ** 2)
@@ -585,7 +614,9 @@ def test_fvd_is_the_frechet_distance_of_the_features(evaluated_clips):
     mean, covariance = moments(evaluate.load_references(args).everything())
     for name, value in found["fvd"].items():
         files = [Path(args.output_dir, s["file"]) for s in found["samples"] if s["model"] == name]
-        mean_2, covariance_2 = moments([clip_measures.to_tensor(evaluate.read_picture(file)) for file in files])
+        mean_2, covariance_2 = moments(
+            [clip_measures.to_tensor(evaluate.read_picture(file, args.fps)) for file in files]
+        )
         root = scipy.linalg.sqrtm(covariance @ covariance_2).real
         expected = np.sum((mean - mean_2) ** 2) + np.trace(covariance + covariance_2 - 2 * root)
         assert value == pytest.approx(expected, rel=1e-3)
@@ -662,14 +693,14 @@ def page(tmp_path_factory):
     folder, models = tmp_path_factory.mktemp("page"), ["base", "one", "two"]
     args = evaluate.parse_args(["--base", "b", "--prompts", "p", "--output_dir", str(folder)])
     args.height = args.width = 16
-    args.guidance_scale = 7.5
+    args.guidance_scale, args.clips, args.fps = 7.5, False, 8
     samples = evaluate.make_samples([f"prompt {i} <b>&amp;</script><!--<script>" for i in range(40)], args)
     rng = np.random.default_rng(0)
     for name in models:
         (folder / "images" / name).mkdir(parents=True)
         for sample in samples:
             color = tuple(map(int, rng.integers(256, size=3)))
-            evaluate.write_picture(Image.new("RGB", (16, 16), color), folder / "images" / name / sample.file)
+            evaluate.write_picture(Image.new("RGB", (16, 16), color), folder / "images" / name / sample.file, 8)
     scores = {scorer: {name: rng.normal(size=40).round(3) for name in models} for scorer in ("mine", "lpips")}
     evaluate.write_page(samples, models, scores, evaluate.make_table(scores, models, args), args)
     return folder / "index.html", scores

@@ -40,7 +40,7 @@ is added costs its own pictures only. Scores are computed each time.
 
 Models (--model [NAME=]PATH): whatever a training script leaves. An output_dir or a checkpoint-N, LoRA or full; an
 entry of replay/; any pipeline or LoRA of diffusers, on disk or on the hub. With --motion_adapter_name_or_path all of
-them are AnimateDiff's and draw clips. Bases are Stable Diffusion's, SDXL's or FLUX.2 [klein]'s.
+them are AnimateDiff's and draw clips. Bases are Stable Diffusion's, SDXL's, FLUX.2 [klein]'s or, for clips, Wan's.
 
 Prompts (--prompts): a file with a prompt a line (.txt), or a column of .jsonl, .csv or .parquet; anything else that
 datasets opens; or one of the sets that papers use: pickapic (Pick-a-Pic v2, validation_unique, 500), hpsv2 (the
@@ -102,11 +102,12 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    Flux2Transformer2DModel,
     MotionAdapter,
     UNet2DConditionModel,
+    WanPipeline,
 )
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from PIL import Image, ImageSequence
 from safetensors import safe_open
@@ -117,7 +118,6 @@ from tqdm.auto import tqdm
 
 BASE = "base"  # what the base is called among the models
 LOWER_IS_BETTER = ("lpips", "fvd")
-FRAMES_PER_SECOND = 8  # of clips
 # The noise schedule of AnimateDiff's motion adapters, whatever their image model was trained with.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
@@ -163,18 +163,19 @@ def draw(pipeline, prompts, noise, args):
     )
     if args.max_sequence_length is not None:
         options["max_sequence_length"] = args.max_sequence_length
-    noise = noise.to(pipeline.device, denoiser_of(pipeline).dtype)
-    if args.motion_adapter_name_or_path is None:
+    wan = isinstance(pipeline, WanPipeline)  # which keeps fp32 between two steps
+    noise = noise.to(pipeline.device, torch.float32 if wan else denoiser_of(pipeline).dtype)
+    if not args.clips:
         return pipeline(prompt=prompts, latents=noise, **options).images
     return pipeline(prompt=prompts, latents=noise, num_frames=args.num_frames, **options).frames
 
 
-def score_samples(scorer, folder, samples, batch_size):
+def score_samples(scorer, folder, samples, args):
     """2. {name: (samples,) array} of the scores of the pictures in `folder`; a clip's is the mean of its frames'."""
-    scores = {}
+    scores, batch_size = {}, args.batch_size
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        pictures = [read_picture(folder / sample.file) for sample in batch]
+        pictures = [read_picture(folder / sample.file, args.fps) for sample in batch]
         clips = [picture if isinstance(picture, list) else [picture] for picture in pictures]
         frames = list(itertools.chain(*clips))
         prompts = [sample.prompt for sample, clip in zip(batch, clips) for _ in clip]
@@ -331,19 +332,21 @@ def parse_args(argv=None):
     group.add_argument(
         "--guidance_scale",
         type=float,
-        help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, FLUX.2 4.0, clips 8.0.",
+        help="Guidance; 1 or less means none. Default: 7.5; SDXL 5.0, FLUX.2 4.0, clips 8.0, Wan 5.0.",
     )
     group.add_argument(
         "--scheduler",
         choices=["dpmsolver", "ddim"],
-        help="The sampler. Default: dpmsolver; FLUX.2 has its own only.",
+        help="The sampler. Default: dpmsolver; FLUX.2 and Wan have their own only.",
     )
-    group.add_argument("--height", type=side, help="Height, in pixels. Default: the base's own; clips 256.")
-    group.add_argument("--width", type=side, help="Width, in pixels. Default: the base's own; clips 256.")
+    sides = "in pixels. Default: the base's own; clips 256; Wan 480 x 832."
+    group.add_argument("--height", type=side, help=f"Height, {sides}")
+    group.add_argument("--width", type=side, help=f"Width, {sides}")
     group.add_argument(
         "--max_sequence_length", type=count, help="Tokens of a prompt, of FLUX.2 only. Default: the pipeline's 512."
     )
-    group.add_argument("--num_frames", type=count, default=16, help="Frames of a clip.")
+    group.add_argument("--num_frames", type=count, help="Frames of a clip. Default: 16; Wan 33, and 4k + 1 always.")
+    group.add_argument("--fps", type=count, help="Frames a second of a clip. Default: 8; Wan 2.1 16, Wan 2.2 5B 24.")
     group.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the models. Default: fp16 on CUDA, else fp32."
     )
@@ -360,8 +363,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--frame_stride",
         type=int,
-        default=4,
-        help="Of a real clip, every so many-th frame is taken. 0: as many as are needed, spread over the whole clip.",
+        help="Of a real clip, every so many-th frame is taken. 0: as many as are needed, spread over the whole clip. "
+        "Default: 4; Wan 1.",
     )
     group.add_argument("--bootstrap_samples", type=count, default=10_000, help="Resamples behind an interval.")
 
@@ -393,9 +396,9 @@ def check_args(args):
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two scorers are called {name}: tell them apart with --scorer NAME=module:function")
-        if name in AGAINST_REFERENCE and (args.reference_dir is None or args.motion_adapter_name_or_path is None):
+        if name in AGAINST_REFERENCE and args.reference_dir is None:
             raise UserError(f"--scorer {name} compares clips with real ones: it needs --reference_dir and clips")
-    if args.frame_stride < 0:
+    if args.frame_stride is not None and args.frame_stride < 0:
         raise UserError(f"--frame_stride must not be negative, not {args.frame_stride}")
 
 
@@ -517,7 +520,7 @@ def load_prompts(args):
 
 def make_samples(prompts, args):
     """The samples of all prompts, a prompt's own together."""
-    suffix = ".png" if args.motion_adapter_name_or_path is None else ".webp"
+    suffix = ".webp" if args.clips else ".png"
     samples = []
     for prompt in prompts:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-")
@@ -540,7 +543,7 @@ PICTURE_KINDS = {
     "model_index.json": ("pipeline", None, PARTS),
     LORA: ("lora", None, re.escape(LORA)),
     "unet/config.json": ("denoiser", "unet", r"unet/.+"),  # in a checkpoint of a full run
-    "transformer/config.json": ("denoiser", "transformer", r"transformer/.+"),  # of FLUX.2
+    "transformer/config.json": ("denoiser", "transformer", r"transformer/.+"),  # of FLUX.2 and Wan
     "config.json": ("denoiser", None, r"config\.json|diffusion_pytorch_model.*"),
 }
 CLIP_KINDS = {
@@ -606,58 +609,78 @@ def fingerprint(files):
     return digest.hexdigest()[:16]
 
 
+# Of pipelines; any other is Stable Diffusion's.
+FAMILIES = {"StableDiffusionXLPipeline": "SDXL", "Flux2KleinPipeline": "FLUX.2", "WanPipeline": "Wan"}
+
+
 def find_base(args):
     """
-    The base as a Model. Settles the flags that depend on it: height, width, guidance and dtype.
+    The base as a Model. Settles the flags that depend on it: size, guidance, sampler, dtype, and `clips`, whether the
+    models draw clips.
 
     Raises:
-        UserError: if the configurations of the base, or of its motion adapter, cannot be read.
+        UserError: if the configurations of the base, or of its motion adapter, cannot be read; for a flag that it has
+            no use for.
     """
     source, motion = dict(revision=args.revision, cache_dir=args.cache_dir), args.motion_adapter_name_or_path
     reading = f"--base {args.base}"
     try:
         index = DiffusionPipeline.load_config(args.base, **source)
-        flux2 = index["_class_name"] == "Flux2KleinPipeline"
-        if not flux2:
-            unet = UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)
+        family = FAMILIES.get(index["_class_name"], "Stable Diffusion")
+        if index.get("boundary_ratio") is not None:
+            raise ValueError("it has two transformers, as Wan 2.2 A14B, of which one would be compared")
         vae = AutoencoderKL.load_config(args.base, subfolder="vae", **source)
+        scale = vae.get("scale_factor_spatial") or 2 ** (len(vae["block_out_channels"]) - 1)
+        size = {"Wan": (480, 832), "FLUX.2": (128 * scale, 128 * scale)}.get(family, (256, 256))
+        if family not in ("Wan", "FLUX.2") and motion is None:
+            size = [scale * UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)["sample_size"]] * 2
         if motion is not None:
             reading = f"--motion_adapter_name_or_path {motion}"
             longest = MotionAdapter.load_config(motion, cache_dir=args.cache_dir).get("motion_max_seq_length", 32)
-            if args.num_frames > longest:
-                raise ValueError(f"it takes {longest} frames at most: lower --num_frames {args.num_frames}")
+            if (args.num_frames or 16) > longest:
+                raise ValueError(f"it takes {longest} frames at most: lower --num_frames {args.num_frames or 16}")
     except (OSError, ValueError) as error:
         raise UserError(f"{reading} cannot be used: {one_line(error)}") from error
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    own = 256 if motion is not None else scale * (128 if flux2 else unet["sample_size"])
-    args.height, args.width = args.height or own, args.width or own
+    flow, args.clips = family in ("Wan", "FLUX.2"), family == "Wan" or motion is not None
+    args.height, args.width = args.height or size[0], args.width or size[1]
+    args.num_frames = args.num_frames or (33 if family == "Wan" else 16)
+    args.fps = args.fps or (8 if family != "Wan" else 24 if index.get("expand_timesteps") else 16)
+    if args.frame_stride is None:
+        args.frame_stride = 1 if family == "Wan" else 4
     if args.guidance_scale is None:
-        xl = "XL" in index["_class_name"]
-        args.guidance_scale = 8.0 if motion is not None else 4.0 if flux2 else 5.0 if xl else 7.5
-    args.scheduler = args.scheduler or (None if flux2 else "dpmsolver")
-    check_family(args, scale, flux2)
-    args.dtype = args.dtype or (("bf16" if flux2 else "fp16") if torch.cuda.is_available() else "fp32")
+        args.guidance_scale = 8.0 if motion is not None else {"SDXL": 5.0, "FLUX.2": 4.0, "Wan": 5.0}.get(family, 7.5)
+    args.scheduler = args.scheduler or (None if flow else "dpmsolver")
+    check_family(args, scale, family)
+    args.dtype = args.dtype or (("bf16" if flow else "fp16") if torch.cuda.is_available() else "fp32")
     prints = [fingerprint_of(args.base, PARTS)]
     prints += [fingerprint_of(motion, CLIP_KINDS["config.json"][2])] if motion is not None else []
     return Model(BASE, args.base, BASE, " with ".join(prints))
 
 
-def check_family(args, scale, flux2):
+def check_family(args, scale, family):
     """Raises UserError for flags that the base has no use for. `scale`: pixels of a latent, along one side."""
-    if flux2 and args.scheduler is not None:
-        raise UserError(f"--scheduler {args.scheduler} cannot sample FLUX.2, a flow model: drop it")
-    if flux2 and args.prediction_type is not None:
-        raise UserError("--prediction_type is not for FLUX.2, which predicts velocities: drop it")
-    if flux2 and (args.height % (2 * scale) or args.width % (2 * scale)):
+    flow = family in ("FLUX.2", "Wan")
+    if flow and args.scheduler is not None:
+        raise UserError(f"--scheduler {args.scheduler} cannot sample {family}, a flow model: drop it")
+    if flow and args.prediction_type is not None:
+        raise UserError(f"--prediction_type is not for {family}, which predicts velocities: drop it")
+    if flow and args.motion_adapter_name_or_path is not None:
+        raise UserError(f"--motion_adapter_name_or_path is not for {family}: drop it")
+    if flow and (args.height % (2 * scale) or args.width % (2 * scale)):
         raise UserError(
             f"--height and --width must be multiples of {2 * scale} here, not {args.height} and {args.width}"
         )
-    if not flux2 and args.max_sequence_length is not None:
+    if family == "Wan" and args.num_frames % 4 != 1:
+        raise UserError(f"--num_frames must be 4k + 1 for Wan, such as 33 or 81, not {args.num_frames}")
+    if family != "FLUX.2" and args.max_sequence_length is not None:
         raise UserError("--max_sequence_length is for FLUX.2 only: drop it")
+    for spec in args.scorers:
+        if spec.name in AGAINST_REFERENCE and not args.clips:
+            raise UserError(f"--scorer {spec.name} compares clips with real ones, and these models draw pictures")
 
 
 def denoiser_of(pipeline):
-    """The part that is trained: a UNet, or FLUX.2's transformer."""
+    """The part that is trained: a UNet, or the transformer of FLUX.2 and Wan."""
     return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
 
 
@@ -685,6 +708,11 @@ def load_pipeline(model, args, device):
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(pipeline.scheduler, args)
     pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, WanPipeline):  # parts of it stay in fp32, but not what an adapter adds
+        for module in pipeline.transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.to(dtype)
+        return pipeline.to(device)
     return pipeline.to(device, dtype)
 
 
@@ -693,7 +721,7 @@ def picture_pipeline(model, args, dtype):
     options = dict(cache_dir=args.cache_dir, dtype=dtype)
     if model.kind == "denoiser":
         denoiser = AutoModel.from_pretrained(model.path, subfolder=model.subfolder, **options)
-        options["transformer" if isinstance(denoiser, Flux2Transformer2DModel) else "unet"] = denoiser
+        options["unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"] = denoiser
     if args.pretrained_vae_model_name_or_path is not None:
         options["vae"] = AutoModel.from_pretrained(
             args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
@@ -708,7 +736,10 @@ def picture_pipeline(model, args, dtype):
         options["safety_checker"] = None  # it would put black pictures in the place of some
     if "XL" in index["_class_name"]:
         options["add_watermarker"] = False
-    return DiffusionPipeline.from_pretrained(path, **options)
+    if index["_class_name"] == "WanPipeline":
+        options["dtype"] = {"vae": torch.float32, "default": dtype}  # its VAE was trained in fp32
+    # By its own class: DiffusionPipeline would drop a transformer that is given where it is optional, as in Wan's.
+    return getattr(diffusers, index["_class_name"]).from_pretrained(path, **options)
 
 
 def clip_pipeline(model, args, dtype):
@@ -783,10 +814,14 @@ def find_alpha(path, args):
 
 def noise_shape(pipeline, args):
     """The shape of one sample's noise."""
+    if isinstance(pipeline, WanPipeline):
+        scale, config = pipeline.vae_scale_factor_spatial, pipeline.transformer.config
+        frames = (args.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
+        return (config.in_channels, frames, args.height // scale, args.width // scale)
     sides = (args.height // pipeline.vae_scale_factor, args.width // pipeline.vae_scale_factor)
     if hasattr(pipeline, "transformer"):  # FLUX.2's latents are patches of 2 x 2
         return (pipeline.transformer.config.in_channels, sides[0] // 2, sides[1] // 2)
-    frames = () if args.motion_adapter_name_or_path is None else (args.num_frames,)
+    frames = (args.num_frames,) if args.clips else ()
     return (pipeline.vae.config.latent_channels, *frames, *sides)
 
 
@@ -804,24 +839,24 @@ def draw_missing(model, samples, args, device):
                 noise = torch.stack([noise_of(sample, shape, args.seed) for sample in batch])
                 drawn = draw(pipeline, [sample.prompt for sample in batch], noise, args)
                 for sample, picture in zip(batch, drawn):
-                    write_picture(picture, folder / sample.file)
+                    write_picture(picture, folder / sample.file, args.fps)
                 progress.update(len(batch))
     lines = [json.dumps({"file_name": sample.file, "text": sample.prompt}) for sample in samples]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_picture(picture, path):
+def write_picture(picture, path, fps):
     """Writes a picture as PNG or a clip as lossless animated WebP: beside its place, then renamed into it."""
     partial = path.with_suffix(".partial")
     if isinstance(picture, list):
         options = dict(format="webp", lossless=True, save_all=True, append_images=picture[1:], loop=0)
-        picture[0].save(partial, duration=1000 // FRAMES_PER_SECOND, **options)
+        picture[0].save(partial, duration=1000 // fps, **options)
     else:
         picture.save(partial, format="png")
     os.replace(partial, path)
 
 
-def read_picture(path):
+def read_picture(path, fps):
     """What write_picture wrote: a picture, or for a clip the list of its frames."""
     with Image.open(path) as image:
         if path.suffix == ".png":
@@ -830,7 +865,7 @@ def read_picture(path):
         for frame in ImageSequence.Iterator(image):
             picture = frame.convert("RGB")
             # The encoder writes a frame that repeats its predecessor as a longer predecessor.
-            frames += [picture] * round(frame.info["duration"] * FRAMES_PER_SECOND / 1000)
+            frames += [picture] * round(frame.info["duration"] / (1000 // fps))
         return frames
 
 
@@ -920,14 +955,14 @@ def table_text(table):
 PAGE_DATA = '<script type="application/json" id="data">'
 
 
-def data_uri(path, resolution):
-    """A picture as JPEG or a clip as WebP, no larger than `resolution`, inside a URI."""
-    picture, buffer = read_picture(path), io.BytesIO()
+def data_uri(path, args):
+    """A picture as JPEG or a clip as WebP, no larger than --page_resolution, inside a URI."""
+    picture, buffer, resolution = read_picture(path, args.fps), io.BytesIO(), args.page_resolution
     frames = picture if isinstance(picture, list) else [picture]
     for frame in frames:
         frame.thumbnail((resolution, resolution), Image.Resampling.LANCZOS)
     if isinstance(picture, list):
-        options = dict(save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
+        options = dict(save_all=True, append_images=frames[1:], duration=1000 // args.fps, loop=0)
         frames[0].save(buffer, "webp", quality=80, **options)
     else:
         picture.save(buffer, "jpeg", quality=85)
@@ -945,10 +980,7 @@ def page_samples(samples, models, scores, args):
             {
                 "prompt": sample.prompt,
                 "key": Path(sample.file).stem,
-                "pictures": [
-                    data_uri(Path(args.output_dir, "images", name, sample.file), args.page_resolution)
-                    for name in models
-                ],
+                "pictures": [data_uri(Path(args.output_dir, "images", name, sample.file), args) for name in models],
                 "scores": [[round(float(of_model[name][i]), 5) for name in models] for of_model in scores.values()],
             }
         )
@@ -957,12 +989,11 @@ def page_samples(samples, models, scores, args):
 
 def write_page(samples, models, scores, table, args):
     """Writes index.html: a copy of page.html in which the run's data takes the place of the sample."""
-    clips = args.motion_adapter_name_or_path is not None
-    shape = f"{args.width} × {args.height}" + (f" × {args.num_frames} frames" if clips else "")
+    shape = f"{args.width} × {args.height}" + (f" × {args.num_frames} frames" if args.clips else "")
     sampler = args.scheduler or "its own sampler"
     about = (
         f"{len(models)} models, {len(samples) // args.images_per_prompt} prompts, {args.images_per_prompt} "
-        f"{'clip' if clips else 'picture'}{'s' if args.images_per_prompt > 1 else ''} of each, {shape}, "
+        f"{'clip' if args.clips else 'picture'}{'s' if args.images_per_prompt > 1 else ''} of each, {shape}, "
         f"{args.num_inference_steps} steps of {sampler}, guidance {args.guidance_scale:g}, seed {args.seed}. "
         f"Base: {args.base}."
     )
@@ -1002,17 +1033,17 @@ def score_models(models, samples, args, device):
     for spec in args.scorers:
         if spec.name == "fvd":
             distance = FrechetVideoDistance(spec.where, references, device, args.batch_size)
-            distances = {name: distance(read_clips(folder, samples)) for name, folder in folders.items()}
+            distances = {name: distance(read_clips(folder, samples, args)) for name, folder in folders.items()}
             continue
         against = spec.name in AGAINST_REFERENCE
         metric = load_metric(spec.name, device) if against else None
         scorer = None if against else load_scorer(spec.name, spec.where, device, args.cache_dir)
         for name, folder in tqdm(folders.items(), desc=f"scoring by {spec.name}"):
             if against:
-                pairs = zip(read_clips(folder, samples), (references.first(sample.prompt) for sample in samples))
+                pairs = zip(read_clips(folder, samples, args), (references.first(sample.prompt) for sample in samples))
                 values = {spec.name: np.array([metric(drawn, real) for drawn, real in pairs])}
             else:
-                values = score_samples(scorer, folder, samples, args.batch_size)
+                values = score_samples(scorer, folder, samples, args)
             for scorer_name, numbers in values.items():
                 scores.setdefault(scorer_name, {})[name] = numbers
     return scores, distances
@@ -1023,9 +1054,9 @@ def load_references(args):
     return References(args.reference_dir, args.num_frames, args.frame_stride, args.height, args.width)
 
 
-def read_clips(folder, samples):
+def read_clips(folder, samples, args):
     """The clips of `samples` as tensors, one after the other."""
-    return (to_tensor(read_picture(folder / sample.file)) for sample in samples)
+    return (to_tensor(read_picture(folder / sample.file, args.fps)) for sample in samples)
 
 
 def check_scorers(args, prompts, device):
@@ -1095,7 +1126,7 @@ def main(args):
     write_page(samples, names, scores, table, args)
     if table:
         print(f"\n{table_text(table)}")
-    medium = "pictures" if args.motion_adapter_name_or_path is None else "clips"
+    medium = "clips" if args.clips else "pictures"
     print(f"\n{len(samples)} {medium} a model. Look at {Path(args.output_dir, 'index.html')}")
 
 
