@@ -890,10 +890,13 @@ def magictime_table(source):
     source, found = Path(source), []
     for path in [source] if source.suffix == ".csv" else source.glob("*.csv"):
         if path.is_file():
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                if {"videoid", "name"} <= set(reader.fieldnames or ()):
-                    found.append((path, list(reader)))
+            try:
+                with path.open(newline="", encoding="utf-8-sig") as file:
+                    reader = csv.DictReader(file)
+                    if {"videoid", "name"} <= set(reader.fieldnames or ()):
+                        found.append((path, list(reader)))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8: save it as that, or take it out of the folder") from error
     if not found:
         return None
     if len(found) > 1:

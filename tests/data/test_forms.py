@@ -217,6 +217,8 @@ def test_wrong_lists_of_clips_are_refused_before_the_models_load(trains, tmp_pat
     refused("is empty", folder / "empty.csv")
     (folder / "other.csv").write_text("a,b\n")
     refused("is not a folder, nor one of", folder / "other.csv")
+    (folder / "latin.csv").write_bytes("videoid,name,is_transmit\n000,café,0\n".encode("latin-1"))
+    refused(r"latin\.csv is not UTF-8", folder / "latin.csv")
     named = tmp_path / "named"
     tiny.folder_of_clips(named, 2)
     refused("no column film: it has video, text; .*--video_column", named, video_column="film")
