@@ -377,8 +377,9 @@ def made_up(told, monkeypatch):
                     line = {"model": model, "guidance": guidance, "part": "held out", "caption": caption}
                     line["mmd"] = 0.3 + gain + of_seed + 0.005 * rng.normal()
                     line |= {"score": 0.9, "second score": 0.9, "recall": 0.4 if run.row == "sign" else 0.5}
-                    lines.append(line)
-        return {"captions": lines}
+                    line |= {"precision": 0.7, "memorisation": 0.98}
+                    lines += [line, line | {"part": "aligned", "mmd": line["mmd"] - 0.1}]
+        return {"captions": lines, "seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
 
     monkeypatch.setattr(second, "told", main)
 
@@ -393,6 +394,22 @@ def test_the_family_is_told_as_the_plan_says(made_up):
     assert {word for (_, place), (_, word) in told.items() if place == "own best"} == {"equivalent"}
     both = next(both for row, _, both, _, _ in second_report.family() if row == "unpaired")
     assert [one["seeds"] for one in both] == [8, 8] and both[0]["mean"] == pytest.approx(-0.05, abs=0.005)
+
+
+def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(second, "HERE", tmp_path)
+    second_report.write(second_report.family())
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("| unpaired | 1 "))
+    guidance, seeds, mmd, precision, recall, *_, aligned, memorisation = line.split(" | ")[1:]
+    assert (guidance, seeds, precision, recall, memorisation.strip(" |")) == ("1", "8", "0.700", "0.500", "0.980")
+    assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
+    assert "beta_dpo 200, learning_rate 0.0001 | end | 2 |" in printed, "what the tuning chose"
+    assert second_report.work_of("first", "unpaired") == (40.32, 200)
+    axes = second_report.plot_work().axes
+    ends = {line.get_label(): line.get_ydata()[-1] for line in axes[0].get_lines()}
+    assert ends["unpaired"] == pytest.approx(0.25, abs=0.005) and ends["sft constant"] > 0.29
+    assert {path.name for path in tmp_path.iterdir()} == {"forest.png", "work.png"}
 
 
 def test_nothing_is_concluded_before_the_main_runs(told, monkeypatch):

@@ -2,10 +2,12 @@
 
 python examples/study/second_report.py family
 python examples/study/second_report.py power   # when the tuning is done: which difference of MMD would be seen
+python examples/study/second_report.py report  # all tables, and forest.png and work.png beside this file
 """
 
 import argparse
 
+import matplotlib.pyplot as plt
 import numpy as np
 import power
 import second  # first: it sets the path
@@ -16,16 +18,24 @@ from scipy import stats
 
 PLACES = ("guidance 1", "own best")
 MARGIN = 0.1  # of SFT's mean MMD
+COLOURS = dict(zip(("hinge", "unpaired", "extrapolated"), ("#8c564b", "#2ca02c", "#e377c2")))
+COLOURS = study.report.COLOURS | COLOURS | {"sft constant": "#1f77b4", "sft decaying": "#17becf"}
 PRICES = {"score": 0.03, "second score": 0.03, "recall": 0.05}
 
 
-def held_out_lines(base, row, seed, place):
-    """{caption: what was measured of a row's final model on T1}, empty where it has not run."""
+def lines_of(base, row, seed, place, part="held out", half=False):
+    """{caption: what was measured of a row's final model on T1, or half way}, empty where it has not run."""
     record = second.told(second.main_run("T1", base, row, seed))
     _, model, guidance = second.chosen(base, row)
-    wanted = model, 1.0 if place == "guidance 1" else guidance, "held out"
+    wanted = "half" if half else model, 1.0 if place == "guidance 1" else guidance, part
     lines = record["captions"] if record else []
     return {line["caption"]: line for line in lines if (line["model"], line["guidance"], line["part"]) == wanted}
+
+
+def mean_of(base, row, place, name, part="held out", half=False):
+    """Mean over captions and seeds, or None where nothing was measured."""
+    lines = [line for seed in second.SEEDS for line in lines_of(base, row, seed, place, part, half).values()]
+    return float(np.mean([line[name] for line in lines])) if lines else None
 
 
 def compare(base, row, place, name="mmd"):
@@ -37,7 +47,7 @@ def compare(base, row, place, name="mmd"):
     """
     sft, pairs = second.best_sft(base), []
     for seed in second.SEEDS:
-        ours, theirs = (held_out_lines(base, one, seed, place) for one in (row, sft))
+        ours, theirs = (lines_of(base, one, seed, place) for one in (row, sft))
         pairs += [(seed, caption, ours[caption][name], theirs[caption][name]) for caption in ours if caption in theirs]
     seeds, captions, ours, theirs = zip(*pairs) if pairs else [()] * 4
     if len(set(seeds)) < 2:
@@ -89,6 +99,96 @@ def table(told):
     return study.report.table(head, lines)
 
 
+def measures_table(base):
+    """Every measure of every row at both places, as means over captions and seeds."""
+    names = ("mmd", "precision", "recall", "score", "second score")
+    head = ["row", "guidance", "seeds", "MMD", "precision", "recall", "score", "second score"]
+    head += ["MMD, aligned", "memorisation, aligned"]
+    lines = []
+    for row in (*second.T1_FIRST, *second.T1_THEN):
+        seeds = sum(bool(lines_of(base, row, seed, PLACES[0])) for seed in second.SEEDS)
+        for place in PLACES if seeds else ():
+            guidance = 1.0 if place == PLACES[0] else second.chosen(base, row)[2]
+            values = [mean_of(base, row, place, name) for name in names]
+            values += [mean_of(base, row, place, name, "aligned") for name in ("mmd", "memorisation")]
+            lines.append([row, f"{guidance:g}", str(seeds), *map(study.report.number, values)])
+    return study.report.table(head, lines)
+
+
+def tuned_table(base):
+    """What the tuning chose, and its criterion there and on the main runs: how much was luck."""
+    lines = []
+    for row in second.TUNED:
+        settings, model, guidance = second.chosen(base, row)
+        runs = [second.trials(base, row, seed, [dict(settings)])[0] for seed in second.TUNING]
+        main = [mean_of(base, row, place, "mmd") for place in PLACES]
+        lines.append([row, ", ".join(f"{name} {value:g}" for name, value in settings), model, f"{guidance:g}"])
+        lines[-1].append(f"{second.criterion(runs, model):.3f}")
+        lines[-1].append("" if None in main else f"{np.mean(main):.3f}")
+    return study.report.table(["row", "settings", "weights", "own best guidance", "tuning", "main runs"], lines)
+
+
+def work_of(base, row):
+    """(thousands of latents, those with a gradient three times, and seconds) that a run of a row cost, its mean."""
+    records = [second.told(second.main_run("T1", base, row, seed)) for seed in second.SEEDS]
+    counted = [(one["forwards"] + 2 * one["backwards"], one["seconds"]) for one in records if one]
+    return (np.mean([latents for latents, _ in counted]) / 1000, np.mean([seconds for _, seconds in counted]))
+
+
+def plot_forest(told):
+    """The family's differences to SFT in percent of SFT's MMD, with 95 % intervals; the margin is shaded."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharex=True, sharey=True)
+    rows = list(reversed(second.FAMILY))
+    for axis, place in zip(axes, PLACES):
+        axis.axvspan(-100 * MARGIN, 100 * MARGIN, color="#eeeeee")
+        axis.axvline(0, color="#888888", linewidth=1)
+        for row, where, both, _, word in told:
+            for shift, marker, one in zip((0.13, -0.13), "os", both if where == place else ()):
+                middle, low, high = (100 * one[name] / one["sft"] for name in ("mean", "low", "high"))
+                error, colour = [[middle - low], [high - middle]], COLOURS[row]
+                axis.errorbar(middle, rows.index(row) + shift, None, error, fmt=marker, color=colour, capsize=3)
+            if where == place:
+                axis.annotate(
+                    word, (1.02, rows.index(row)), xycoords=("axes fraction", "data"), va="center", fontsize=8
+                )
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_title(place if place == PLACES[0] else "each at its own best guidance", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("MMD − SFT's, in % of SFT's; below 0 is better (round: first base, square: second)", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def plot_work():
+    """Held-out MMD at guidance 1 at the start, half way and at the end, against counted latents."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, base in zip(axes, study.BASES):
+        start = mean_of(base, "start", PLACES[0], "mmd")
+        for row in (*second.SFT_ROWS[:2], *(row for row in second.FAMILY if second.ROWS[row].trained)):
+            values = [start, *(mean_of(base, row, PLACES[0], "mmd", half=half) for half in (True, False))]
+            if None not in values:
+                latents, _ = work_of(base, row)
+                colour = COLOURS[row]
+                axis.plot([0, latents / 2, latents], values, "o-", color=colour, label=row, markersize=4)
+        axis.set_title(f"{base} base", fontsize=10)
+        axis.set_xlabel("thousands of latents, those with a gradient three times")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("MMD on held-out captions, guidance 1")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def write(told):
+    """Prints all tables and saves both plots."""
+    for base in study.BASES:
+        print(f"## {base} base\n\n{tuned_table(base)}\n\n{measures_table(base)}\n")
+    print(table(told))
+    for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items():
+        figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
+        plt.close(figure)
+
+
 def tuning_power(base, seeds=(8, 10)):
     """
     A table: by the tuning's three seeds, which difference of the MMD each row of the family would show at guidance 1.
@@ -117,7 +217,7 @@ def tuning_power(base, seeds=(8, 10)):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["family", "power"])
+    parser.add_argument("command", choices=["family", "power", "report"])
     command = parser.parse_args().command
     runs, _ = [*second.progress()][-1]
     if runs[0].stage == "tuning":
@@ -125,6 +225,8 @@ def main():
     elif command == "power":
         for base in study.BASES:
             print(f"{base} base\n{tuning_power(base)}")
+    elif command == "report" and (made := family()):
+        write(made)
     elif made := family():
         seeds = {one["seeds"] for _, _, both, _, _ in made for one in both}
         print(f"seeds: {min(seeds)} to {max(seeds)} of {len(second.SEEDS)}\n{table(made)}")
