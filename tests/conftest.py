@@ -1,5 +1,6 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
+import gc
 import io
 import logging
 import os
@@ -21,6 +22,10 @@ import pytest
 import tiny
 import torch
 from helpers import EVERY, SCRIPTS, WAN, Run, flags, run_main
+
+
+# Each run ends with a collection, which looks at every object of the libraries: half a second.
+gc.freeze()
 
 
 torch.set_num_threads(1)

@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sd": train_sspo_sd, "sdxl": train_sspo_sdxl, "video": train_sspo_video}  # of models with a UNet
 EVERY = {**SCRIPTS, "flux2": train_sspo_flux2, "wan": train_sspo_wan}
 WAN = dict(height=32, width=32, num_frames=5, resolution=None)  # the smallest clips of train_sspo_wan.py
-with_every = pytest.mark.parametrize("each", EVERY, indirect=True)  # the fixture `each`, of the UNets' scripts else
+long = pytest.mark.long  # what `make test` leaves out and `make test-faults` runs
+
+
+def on_one(first, others):
+    """Parameters: the first, and in the long part the others, where all of them run the same code."""
+    return [first, *(pytest.param(other, marks=long) for other in others if other != first)]
+
+
+# For the fixture `each`, which is of the UNets' scripts without them.
+with_every = pytest.mark.parametrize("each", EVERY, indirect=True)
+with_shared_code = pytest.mark.parametrize("each", on_one("sd", EVERY), indirect=True)  # to the letter: test_copies.py
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

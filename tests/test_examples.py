@@ -5,7 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, MotionAdapter, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    WanPipeline,
+)
 from helpers import ROOT, newcomer, notices
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,10 +26,12 @@ import glyphs  # noqa: E402
 import quickstart  # noqa: E402
 import quickstart_flux2  # noqa: E402
 import quickstart_video  # noqa: E402
+import quickstart_wan  # noqa: E402
 import scorer  # noqa: E402
+import train_base_wan  # noqa: E402
 
 
-@pytest.mark.parametrize("base", ["base", "base_flux2"])
+@pytest.mark.parametrize("base", ["base", "base_flux2", "base_wan"])
 def test_base_is_small_and_safe(base):
     files = [path for path in (HERE / base).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10e6
@@ -171,13 +179,42 @@ def test_words_of_motions_share_no_token_with_names():
     assert max(len(tokenizer(caption).input_ids) for caption in captions) <= tokenizer.model_max_length
 
 
-def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
+def test_video_flow_model_moves_as_told_and_often_flickers():
+    """Two held-out emoji with each motion, as the quickstart makes them, one seed each."""
+    jobs = [(name, motion) for name in glyphs.HELD_OUT[:2] for motion in clips.MOTIONS]
+    made = quickstart_video.sample(quickstart_wan.load_pipeline("cpu"), jobs, 0, quickstart_wan.SAMPLER)
+    assert all(clip.shape == (9, 64, 64, 3) for clip in made)
+    measured = quickstart_video.measure(made, jobs, scorer.load_scorer())
+    assert measured["as told"].mean() > 0.6 and measured["identity"].mean() > 0.6
+    assert 0 < (measured["flicker"] > 0.02).mean() < 1, "some of them"
+
+
+def test_padding_counted_once_is_all_of_it():
+    """The transformer trained on shortened prompts is the one that the stock pipeline calls with 512 tokens."""
+    tokenizer = train_base_wan.build_tokenizer()
+    stock, ours = train_base_wan.build_transformer(0), train_base_wan.build_transformer(0)
+    encoder = train_base_wan.build_text_encoder(tokenizer, 0)
+    pipeline = WanPipeline(tokenizer, encoder, None, train_base_wan.build_scheduler(), stock)
+    texts = ["frog moving left", "cat face turning", ""]
+    embeds, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=512)
+    short = train_base_wan.pad_once(ours, embeds)
+    assert embeds.shape[1] == 512 and short.shape[1] < 12
+    rng = scorer.torch.Generator().manual_seed(0)
+    latents = scorer.torch.randn(3, 16, 3, 8, 8, generator=rng)
+    timesteps = scorer.torch.tensor([100.0, 500.0, 900.0])
+    with scorer.torch.no_grad():
+        one, other = stock(latents, timesteps, embeds).sample, ours(latents, timesteps, short).sample
+    assert one.std() > 0.1 and (one - other).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("script, trainer", [("quickstart_video", "video"), ("quickstart_wan", "wan")])
+def test_quickstart_of_clips_trains_measures_and_animates(tmp_path, script, trainer):
     """As `make quickstart-video` runs it, with two updates and few clips."""
     output = tmp_path / "run"
-    command = [sys.executable, HERE / "quickstart_video.py", "--output_dir", output, "--clips", 4]
-    command += ["--winners_per_caption", 1, "--max_train_steps", 2, "--rollout_steps", 3]
+    command = [sys.executable, HERE / f"{script}.py", "--output_dir", output, "--clips", 4]
+    command += ["--winners_per_caption", 1, "--max_train_samples", 8, "--max_train_steps", 2, "--rollout_steps", 3]
     printed = run(command)
-    assert "train_sspo_video.py" in printed, "the command is shown"
+    assert f"train_sspo_{trainer}.py" in printed, "the command is shown"
     scores = json.loads((output / "scores.json").read_text())
     assert set(scores) == {"base", "aligned", "real, steady", "real, flickering", "base - aligned"}
     difference = scores["base"]["flicker"]["mean"] - scores["aligned"]["flicker"]["mean"]
@@ -186,6 +223,7 @@ def test_quickstart_of_clips_trains_measures_and_animates(tmp_path):
     assert f"{scores['aligned']['identity']['mean']:.3f}" in printed
     assert scores["real, steady"]["as told"]["mean"] == 1
     assert len((output / "aligned" / "metrics.jsonl").read_text().splitlines()) == 2
+    frames = {"video": 8, "wan": 9}[trainer]
     with Image.open(output / "before_after.gif") as animation:
-        assert animation.n_frames == clips.FRAMES
-    assert Image.open(output / "before_after.png").size == (clips.FRAMES * 64, 2 * 4 * 64)
+        assert animation.n_frames == frames
+    assert Image.open(output / "before_after.png").size == (frames * 64, 2 * 4 * 64)

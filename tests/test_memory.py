@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
-from helpers import ROOT, flags
+from helpers import ROOT, flags, long, on_one
 
 import train_sspo_sd
 import train_sspo_sdxl
@@ -53,7 +53,9 @@ def measured(words):
     return peak
 
 
-@pytest.mark.parametrize("more", ["--gradient_checkpointing", "--train_mode full --draws_per_pair 2 --split_pairs"])
+@pytest.mark.parametrize(
+    "more", on_one("--gradient_checkpointing", ["--train_mode full --draws_per_pair 2 --split_pairs"])
+)
 def test_estimate_is_what_a_real_run_allocates(middling, more):
     words = [*FLAGS, *more.split()]
     found = estimate_memory.estimate("sd", words)
@@ -93,6 +95,7 @@ def test_pictures_are_encoded_one_at_a_time(tmp_path, script, make):
     assert seen == [1, 1, 1]
 
 
+@long
 def test_split_pairs_halve_the_activations(middling):
     together, split = (estimate_memory.estimate("sd", [*FLAGS, *more]) for more in ([], ["--split_pairs"]))
     assert split["activations"] == pytest.approx(together["activations"] / 2, rel=0.1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import ROOT
+from helpers import ROOT, long
 
 
 STUDY = ROOT / "examples" / "study"
@@ -191,6 +191,7 @@ def test_a_run_trains_and_tells_what_it_cost(short, tmp_path):
     assert study.load_aligned(study.BASES["first"], tmp_path / "run", "cpu").unet.peft_config
 
 
+@long
 def test_gradients_are_measured_half_way(short, monkeypatch):
     """After one update, on three batches, the first of which is that of the second update."""
     for name, value in {"UPDATES": 1, "BATCHES": 3, "DRAWS": (1, 2)}.items():

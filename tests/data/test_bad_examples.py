@@ -155,7 +155,7 @@ def named():
     logger.removeHandler(handler)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(rows=rows_of_a_folder, streaming=st.booleans(), world=st.sampled_from([1, 2, 3]))
 @example(rows=[("plain", "one row")], streaming=False, world=3)
 @example(rows=[("nothing", "one row")], streaming=True, world=1)

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from helpers import SCRIPTS, flags, open_winners, served
+from helpers import SCRIPTS, flags, open_winners, served, with_shared_code
 
 
 @pytest.fixture(params=[False, True], ids=["files", "streamed"])
@@ -99,6 +99,7 @@ def test_loader_processes_keep_the_order(script, winners_of):
         assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(none, one))
 
 
+@with_shared_code
 def test_a_stream_is_not_resumed_in_another_order(each):
     """With a loader process where there was none, some of the epoch would come twice and others not at all."""
     options = dict(streaming=True, checkpointing_steps=2, rollout_steps=1)

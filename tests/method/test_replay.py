@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import with_every
+from helpers import with_shared_code
 
 
 def weights(value):
@@ -68,7 +68,7 @@ def test_missing_and_damaged_entries_are_named(script, tmp_path):
         bank.load(3)
 
 
-@with_every
+@with_shared_code
 def test_references_of_a_run(each):
     """The reference changes with the iteration, and metrics say which entry it is."""
     run = each(max_train_steps=8, replay_steps=2, replay_size=3, reference="latest", rollout_steps=1)

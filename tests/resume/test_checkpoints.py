@@ -10,7 +10,7 @@ import signal
 import pytest
 import tiny
 import torch
-from helpers import Run, assert_same_result, forget_result
+from helpers import Run, assert_same_result, forget_result, long
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -276,8 +276,8 @@ def fill_disk(monkeypatch, module, owner, name, call):
     [
         *(("sd", "lora", what) for what in WRITERS),
         *(("sd", "full", what) for what in ("a push", "a checkpoint", "the result")),
-        *(("sdxl", "full", what) for what in ("a checkpoint", "the result")),
-        *(("video", "full", what) for what in ("a checkpoint", "samples", "the result")),
+        *(pytest.param("sdxl", "full", what, marks=long) for what in ("a checkpoint", "the result")),
+        *(pytest.param("video", "full", what, marks=long) for what in ("a checkpoint", "samples", "the result")),
     ],
 )
 def test_full_disk_costs_nothing(trains, whole, monkeypatch, kind, mode, what):

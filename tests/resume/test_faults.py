@@ -21,10 +21,12 @@ from faults import (
     kill,
     send,
 )
-from helpers import Run, assert_same_result, forget_result
+from helpers import Run, assert_same_result, forget_result, long, on_one, with_shared_code
 
 
-@pytest.mark.parametrize("what, mode", [*((what, "lora") for what in POINTS), *((what, "full") for what in FULL)])
+@pytest.mark.parametrize(
+    "what, mode", [*((what, "lora") for what in POINTS), *(pytest.param(what, "full", marks=long) for what in FULL)]
+)
 def test_killed_run_ends_as_if_never_killed(train, whole, what, mode):
     options = dict(OPTIONS, train_mode=mode)
     kill(train, "killed", POINTS[what], **options)
@@ -54,7 +56,7 @@ def test_killed_after_it_went_back_to_an_older_checkpoint(train, whole):
 
 
 @pytest.mark.parametrize("call", [11, 12])
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
 def test_killed_while_it_keeps_rivals(train, whole, mode, call):
     """None of a batch or all are kept: what is sampled in a batch of another size may differ in its last bit."""
     options = dict(OPTIONS, train_mode=mode, cache_latents=True, rivals_per_winner=2)
@@ -74,7 +76,10 @@ INTERRUPTS = ["self-sampling", "writing a checkpoint", "the last update", "loadi
 
 @pytest.mark.parametrize(
     "what, number",
-    [*((what, signal.SIGTERM) for what in SIGNALS), *((what, signal.SIGINT) for what in INTERRUPTS)],
+    [
+        *((what, signal.SIGTERM) for what in SIGNALS),
+        *(pytest.param(what, signal.SIGINT, marks=long) for what in INTERRUPTS),
+    ],
 )
 def test_stopped_run_saves_within_its_update_and_ends_as_if_never_stopped(train, whole, what, number):
     """One checkpoint, of the update in flight; code 128 + number. Before the first update there is nothing to save."""
@@ -112,7 +117,8 @@ def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, what, sec
     assert_as_never_stopped(whole(train, **OPTIONS), again)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", on_one(2, [0]))
+@with_shared_code
 def test_interrupted_caching_leaves_no_half_file_and_resumes(each, whole, monkeypatch, workers):
     """Ctrl-C, which goes to the whole group, when the second of the cache's files waits to be put in place."""
     monkeypatch.setattr(each.script.LatentCache, "CHUNK", 4)

@@ -2,7 +2,7 @@
 
 import pytest
 from faults import kill
-from helpers import assert_same_result, forget_result, resumed, with_every
+from helpers import assert_same_result, forget_result, resumed, with_every, with_shared_code
 from safetensors.torch import load_file
 
 
@@ -54,7 +54,7 @@ def test_resume_may_change_the_layout_and_the_end(each):
     assert other.column("loss") == pytest.approx(run.column("loss"), rel=1e-3)
 
 
-@with_every
+@with_shared_code
 def test_resume_at_the_end_makes_no_update(each):
     run = each(max_train_steps=4, checkpointing_steps=4)
     before = load_file(run.path / "pytorch_lora_weights.safetensors")
@@ -65,7 +65,7 @@ def test_resume_at_the_end_makes_no_update(each):
     assert all(before[name].equal(after[name]) for name in before)
 
 
-@with_every
+@with_shared_code
 def test_old_checkpoints_go_and_the_bank_stays(each):
     run = each(max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2, replay_steps=2)
     assert sorted(path.name for path in run.path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]

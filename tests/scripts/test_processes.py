@@ -18,6 +18,7 @@ from helpers import (
     assert_same_result,
     forget_result,
     launch,
+    long,
     start,
     updates,
     wait_for,
@@ -45,12 +46,12 @@ def test_two_processes_make_the_same_run(train, tmp_path):
     "kind, options",
     [
         ("sd", dict(train_mode="full", cache_latents=True)),
-        ("sd", dict(split_pairs=True)),
         ("sd", dict(split_pairs=True, gradient_accumulation_steps=2, train_batch_size=1)),
-        ("sdxl", dict()),
         ("sdxl", dict(split_pairs=True, train_mode="full")),
-        ("video", dict(split_pairs=True)),
-        ("video", dict(train_mode="full", gradient_checkpointing=True)),
+        pytest.param("sd", dict(split_pairs=True), marks=long),
+        pytest.param("sdxl", dict(), marks=long),
+        pytest.param("video", dict(split_pairs=True), marks=long),
+        pytest.param("video", dict(train_mode="full", gradient_checkpointing=True), marks=long),
     ],
 )
 def test_two_processes_are_one(trains, kind, options):
@@ -117,7 +118,7 @@ def test_recipe_that_does_not_divide_is_refused(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=long)])
 def test_stopped_run_is_resumed_as_if_never_stopped(train, number):
     """SIGTERM and SIGINT save a checkpoint first; after SIGKILL the last one serves."""
     options = dict(max_train_steps=400, checkpointing_steps=5, replay_size=3, checkpoints_total_limit=2)

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, keep_models, with_every
+from helpers import (
+    LAYOUT,
+    assert_same_but_for_rounding,
+    assert_same_result,
+    keep_models,
+    on_one,
+    with_every,
+    with_shared_code,
+)
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -63,7 +71,7 @@ def test_first_update_is_ln_2_with_gaps_of_exactly_0(each, options):
     assert run.metrics[1]["gap/rival"] != 0
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
 @with_every
 def test_sft_is_the_plain_denoising_loss(each, mode):
     """No reference, no rivals, no bank; its loss is the winners' error of the SSPO run with the same seed."""
@@ -134,7 +142,7 @@ def test_validation_has_a_guidance_of_its_own(trains, kind, default):
 # What may not change a run
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
 @with_every
 def test_gradient_checkpointing_changes_nothing(each, mode):
     """But that layers are called again for the backward."""
@@ -146,7 +154,9 @@ def test_gradient_checkpointing_changes_nothing(each, mode):
     assert again.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, dict(train_mode="full", gradient_checkpointing=True, draws_per_pair=2)])
+@pytest.mark.parametrize(
+    "options", on_one(dict(train_mode="full", gradient_checkpointing=True, draws_per_pair=2), [{}])
+)
 @with_every
 def test_split_pairs_change_nothing(each, options):
     """The gradients of winner and rival, one after the other, are those of both together, but for rounding."""
@@ -181,7 +191,7 @@ def test_layout_of_the_batch_does_not_matter(trains, kind, parts):
     )
 
 
-@with_every
+@with_shared_code
 def test_seed_0_is_a_seed(each):
     """--seed 0 is kept to, and another seed is another run."""
     one, two, other = (each(name, seed=seed, checkpointing_steps=4) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
@@ -202,7 +212,7 @@ def test_8bit_adam_steps(train):
     assert run.column("loss") == pytest.approx(plain.column("loss"), rel=0.05)
 
 
-@with_every
+@with_shared_code
 def test_adafactor_steps(each):
     """Its second moments are kept as rows and columns, which is why it needs the least memory."""
     run = each(train_mode="full", optimizer="adafactor", max_train_steps=2, checkpointing_steps=2)
@@ -219,13 +229,14 @@ def test_epochs_set_the_number_of_updates(each):
     assert len(run.metrics) == {"image": math.ceil(2 * 8 / 3), "video": math.ceil(2 * 6 / 3)}[each.script.MODALITY]
 
 
-@with_every
+@with_shared_code
 def test_learning_rate_follows_the_schedule(each):
     """It is stepped once an update, not once a micro-batch."""
     run = each(lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2)
     assert run.column("lr") == pytest.approx([0, 5e-4, 1e-3, 5e-4])
 
 
+@with_shared_code
 def test_cosine_with_restarts_restarts(each):
     run = each(lr_scheduler="cosine_with_restarts", lr_num_cycles=2)
     assert run.column("lr") == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4])
