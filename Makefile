@@ -8,12 +8,13 @@ STUDY := examples/study
 # Two threads on few shared cores spin: the tests' models are too small for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart quickstart-video quickstart-flux2 benchmark study test test-faults test-gpu style fix-copies clean
+.PHONY: help quickstart quickstart-video quickstart-flux2 quickstart-wan benchmark study test test-faults test-gpu style fix-copies clean
 
 help:
 	@echo "make quickstart        align the embedded model with SSPO, print its scores, draw before and after"
 	@echo "make quickstart-video  the same with clips: steady an embedded motion adapter that flickers"
 	@echo "make quickstart-flux2  the same with a flow model: align a small pipeline in the layout of FLUX.2 [klein]"
+	@echo "make quickstart-wan    clips by a flow model: steady a small pipeline in the layout of Wan 2.1 that flickers"
 	@echo "make benchmark         time of an update over that of the model's bare calls, and how it grows (15 minutes)"
 	@echo "make study             the studies' runs that are missing, then their tables and plots (a day)"
 	@echo "make test              style and tests"
@@ -37,6 +38,9 @@ quickstart-video: $(VENV)/installed
 
 quickstart-flux2: $(VENV)/installed
 	$(BIN)/python $(QUICKSTART)/quickstart_flux2.py
+
+quickstart-wan: $(VENV)/installed
+	$(BIN)/python $(QUICKSTART)/quickstart_wan.py
 
 benchmark: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK)/benchmark.py
@@ -68,4 +72,4 @@ fix-copies: $(VENV)/installed
 	$(BIN)/python utils/fix_copies.py
 
 clean:
-	rm -rf $(VENV) quickstart quickstart_video quickstart_flux2 gpu-report.md
+	rm -rf $(VENV) quickstart quickstart_video quickstart_flux2 quickstart_wan gpu-report.md

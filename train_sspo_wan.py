@@ -704,10 +704,10 @@ def add_pipeline_arguments(parser):
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
         "are of that. A velocity error is (1 - sigma)^-2 times the error of the noise that Stable Diffusion has; the "
         "median of that factor over the drawn sigmas is (1 + s)^2 at --timestep_shift s. So what --beta_dpo 2000 is "
-        "there is 2000 / (1 + s)^2 here: 500 at 1, 125 at 3, 56 at 5. It was worked out, not tried. "
-        "--rollout_strength counts steps of the sampler and is no sigma: of 20 steps of UniPC, 0.7 begins at sigma "
-        "0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at 0.43 with a flow shift of 3, and at 0.92, 0.83, 0.68 and 0.56 with "
-        "one of 5. (Stable Diffusion's 0.7 is a sigma of 0.77.)",
+        "there is 2000 / (1 + s)^2 here: 500 at 1, 125 at 3, 56 at 5. This was worked out; what was tried is 500 at "
+        "1, on the small model of examples/quickstart. --rollout_strength counts steps of the sampler and is no "
+        "sigma: of 20 steps of UniPC, 0.7 begins at sigma 0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at 0.43 with a flow "
+        "shift of 3, and at 0.92, 0.83, 0.68 and 0.56 with one of 5. (Stable Diffusion's 0.7 is a sigma of 0.77.)",
     ).add_argument
     add(
         "--timestep_shift",
