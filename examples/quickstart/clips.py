@@ -82,8 +82,8 @@ def write_clip(path, frames):
         container.mux(track.encode())
 
 
-def write_winners(folder, per_caption=3, names=None, first_seed=WINNER_SEEDS):
-    """A videofolder of steady clips with metadata.jsonl, as train_sspo_video.py reads it. Returns their number."""
+def write_winners(folder, per_caption=3, names=None, first_seed=WINNER_SEEDS, count=FRAMES):
+    """A videofolder of steady clips with metadata.jsonl, as the video scripts read it. Returns their number."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -91,7 +91,7 @@ def write_winners(folder, per_caption=3, names=None, first_seed=WINNER_SEEDS):
         for motion in MOTIONS:
             for seed in range(first_seed, first_seed + per_caption):
                 file_name = f"{name}-{motion}-{seed - first_seed:03d}.mp4".replace(" ", "-")
-                write_clip(folder / file_name, render(name, motion, seed))
+                write_clip(folder / file_name, render(name, motion, seed, count))
                 rows.append({"file_name": file_name, "text": caption(name, motion)})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)

@@ -83,13 +83,13 @@ def load_pipeline(device, aligned=None):
     return pipeline.to(device)
 
 
-def sample(pipeline, jobs, first_seed, batch_size=12):
+def sample(pipeline, jobs, first_seed, sampler=SAMPLER, batch_size=12):
     """A clip (frames, 64, 64, 3) uint8 for each (name, motion); its noise belongs to its place, whatever the model."""
     clips = []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         noise = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        frames = pipeline([caption(*job) for job in batch], generator=noise, output_type="pil", **SAMPLER).frames
+        frames = pipeline([caption(*job) for job in batch], generator=noise, output_type="pil", **sampler).frames
         clips += [np.stack([np.asarray(frame) for frame in clip]) for clip in frames]
     return clips
 
@@ -178,7 +178,7 @@ def animation(rows, jobs, path):
     names = [name for name, _ in jobs]
     frames = [
         before_after({row: [Image.fromarray(clip[i]) for clip in clips] for row, clips in rows.items()}, names, zoom=2)
-        for i in range(FRAMES)
+        for i in range(len(rows["base"][0]))
     ]
     frames = [frame.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0)
@@ -186,9 +186,19 @@ def animation(rows, jobs, path):
     Image.fromarray(np.concatenate(lines)).save(path.with_suffix(".png"))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_video"))
+def run(description, training_command, load=load_pipeline, sampler=SAMPLER, output_dir="quickstart_video"):
+    """
+    A quickstart of clips from its command line to its table.
+
+    Args:
+        description: of the program, for its --help.
+        training_command: function of the arguments and the flags that follow them.
+        load: function of a device and, for the aligned model, the folder that a run has left.
+        sampler: what the pipeline is called with, beside captions and noise.
+        output_dir: where all is written by default.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
     parser.add_argument("--winners_per_caption", type=int, default=2)
     parser.add_argument("--captions", choices=["held out", "aligned"], default="held out", help="emoji of the clips")
     parser.add_argument("--clips", type=int, default=48, help="measured clips of a model, emoji and motions in turn")
@@ -204,7 +214,8 @@ def main():
         clock.append(time.time())
         print(f"[{clock[-1] - clock[-2]:.0f} s] {name}", flush=True)
 
-    count = write_winners(args.output_dir / "winners", args.winners_per_caption)
+    frames = sampler["num_frames"]
+    count = write_winners(args.output_dir / "winners", args.winners_per_caption, count=frames)
     stage(f"{count} winners written to {args.output_dir / 'winners'}")
     if "--resume_from_checkpoint" not in extra:
         shutil.rmtree(args.output_dir / "aligned", ignore_errors=True)  # what another run left may be of another kind
@@ -215,10 +226,10 @@ def main():
     jobs = [(names[i % len(names)], motions[(i + i // len(names)) % len(motions)]) for i in range(args.clips)]
     aligned = args.output_dir / "aligned"
     rows = {
-        "base": sample(load_pipeline(device), jobs, args.sample_seed),
-        "aligned": sample(load_pipeline(device, aligned), jobs, args.sample_seed),
+        "base": sample(load(device), jobs, args.sample_seed, sampler),
+        "aligned": sample(load(device, aligned), jobs, args.sample_seed, sampler),
     }
-    steady = [render(*job, TEST_SEEDS) for job in jobs]
+    steady = [render(*job, TEST_SEEDS, frames) for job in jobs]
     flickering = [flicker(clip, *job, TEST_SEEDS) for clip, job in zip(steady, jobs)]
     clips, scorer = rows | {"real, steady": steady, "real, flickering": flickering}, load_scorer()
     results = summary({row: measure(some, jobs, scorer) for row, some in clips.items()})
@@ -233,4 +244,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, training_command)
