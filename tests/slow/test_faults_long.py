@@ -70,16 +70,16 @@ def test_killed_on_other_data(train, whole, mode, data, what):
 
 
 @pytest.mark.parametrize("mode, what", [*(("lora", what) for what in WINDOWS), *(("full", what) for what in FILES)])
-@pytest.mark.parametrize("kind", ["sdxl", "video"])
+@pytest.mark.parametrize("kind", ["sdxl", "video", "flux2", "wan"])
 def test_killed_in_other_scripts(trains, whole, kind, mode, what):
     killed_and_resumed(trains[kind], whole, POINTS[what], train_mode=mode, **OPTIONS)
 
 
-MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3)}  # of the parts of a result, in LoRA and in full mode
+MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3), "flux2": (2, 7), "wan": (2, 7)}  # of the parts of a result, in LoRA and in full mode
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("kind", MOVES)
 def test_a_result_is_whole_or_none_at_every_move(trains, whole, kind, mode):
     options, move = dict(OPTIONS, train_mode=mode, max_train_steps=3), 1
     while assert_result_is_whole_or_none(trains[kind], whole, move, **options):
