@@ -1356,6 +1356,8 @@ def leave_group(worker):
     """For loader processes: a signal to the whole group must not take them from the update in flight."""
     if hasattr(os, "setpgrp"):  # there are no groups on Windows
         os.setpgrp()
+    # Errors are raised where examples are asked for. All that would be printed is that nobody does any more.
+    sys.excepthook = lambda *error: None
 
 
 # Copied from train_sspo_sd.make_loader
