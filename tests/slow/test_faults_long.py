@@ -75,7 +75,8 @@ def test_killed_in_other_scripts(trains, whole, kind, mode, what):
     killed_and_resumed(trains[kind], whole, POINTS[what], train_mode=mode, **OPTIONS)
 
 
-MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3), "flux2": (2, 7), "wan": (2, 7)}  # of the parts of a result, in LoRA and in full mode
+# Parts of a result, in LoRA and in full mode.
+MOVES = {"sd": (2, 7), "sdxl": (2, 9), "video": (2, 3), "flux2": (2, 7), "wan": (2, 7)}
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
