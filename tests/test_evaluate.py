@@ -124,6 +124,8 @@ def test_pictures_drawn_otherwise_are_not_mixed(run, sd, sd_v, tmp_path):
         run(seed=1)
     with pytest.raises(evaluate.UserError, match="--guidance_scale 7.5, not 3.0"):
         run(guidance_scale=3)
+    with pytest.raises(evaluate.UserError, match="--fps 8, not 24"):  # by which the frames of a clip are told apart
+        run(fps=24)
     with pytest.raises(evaluate.UserError, match="another model called other.*delete .*images/other"):
         run(model=[f"other={sd}"])
     with pytest.raises(evaluate.UserError, match="another model called base"):

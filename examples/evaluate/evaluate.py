@@ -872,7 +872,7 @@ def read_picture(path, fps):
 # What pictures depend on, beside the weights: those drawn otherwise must not be mixed with them.
 PICTURE_SETTINGS = (
     "seed num_inference_steps guidance_scale scheduler height width num_frames dtype prediction_type lora_alpha "
-    "variant revision pretrained_vae_model_name_or_path max_sequence_length"
+    "variant revision pretrained_vae_model_name_or_path max_sequence_length fps"
 ).split()
 
 
@@ -893,7 +893,7 @@ def check_settings(models, args):
             )
         before = json.loads(path.read_text())
         for name, value in settings.items():
-            drawn = before["settings"].get(name)
+            drawn = before["settings"].get(name, value)  # an older evaluation had no such flag
             if drawn != value:
                 raise UserError(
                     f"{folder} has pictures that were drawn with --{name} {drawn}, not {value}: draw these in another "
