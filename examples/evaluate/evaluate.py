@@ -348,7 +348,9 @@ def parse_args(argv=None):
     group.add_argument("--num_frames", type=count, help="Frames of a clip. Default: 16; Wan 33, and 4k + 1 always.")
     group.add_argument("--fps", type=count, help="Frames a second of a clip. Default: 8; Wan 2.1 16, Wan 2.2 5B 24.")
     group.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the models. Default: fp16 on CUDA, else fp32."
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="Precision of the models. Default: fp16 on CUDA, of FLUX.2 and Wan bf16; else fp32.",
     )
     group.add_argument("--batch_size", type=count, default=8, help="Pictures drawn, and scored, at once.")
 
@@ -738,8 +740,8 @@ def picture_pipeline(model, args, dtype):
         options["add_watermarker"] = False
     if index["_class_name"] == "WanPipeline":
         options["dtype"] = {"vae": torch.float32, "default": dtype}  # its VAE was trained in fp32
-    # By its own class: DiffusionPipeline would drop a transformer that is given where it is optional, as in Wan's.
-    return getattr(diffusers, index["_class_name"]).from_pretrained(path, **options)
+        return WanPipeline.from_pretrained(path, **options)  # DiffusionPipeline would drop a transformer that is given
+    return DiffusionPipeline.from_pretrained(path, **options)
 
 
 def clip_pipeline(model, args, dtype):
