@@ -65,8 +65,8 @@ SSPO = {"max_train_steps": 60, "draws_per_pair": 4, "replay_steps": 15, "rollout
 RATES = [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4, 1e-3)]
 SSPO_GRID = [{"learning_rate": rate, "beta_dpo": beta} for beta in (200.0, 2000.0) for rate in (3e-5, 1e-4)]
 HINGE_GRID = [{"learning_rate": rate, "margin": margin} for margin in (0.01, 0.001) for rate in (3e-5, 1e-4)]
-START_GRID = [{"learning_rate": rate, "max_train_steps": n} for n in (1500, 3000) for rate in (5e-4, 1e-3)]
-START_GRID += [{"learning_rate": rate, "max_train_steps": 1500} for rate in (1e-4, 2.5e-4)]  # see the plan's end
+START_RATES = (5e-4, 1e-3, 1e-4, 2.5e-4)  # the last two came later: see the plan's end
+START_GRID = [{"learning_rate": rate, "max_train_steps": n} for n in (1500, 3000) for rate in START_RATES]
 AVERAGES = tuple(f"average {decay}" for decay in (0.98, 0.99, 0.995))
 FACTORS = tuple(f"k {k}" for k in (1.1, 1.2, 1.35, 1.5, 1.75))
 
