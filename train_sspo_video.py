@@ -1487,10 +1487,10 @@ class WinnerStream(torch.utils.data.IterableDataset):
 
 # Copied from train_sspo_sd.leave_group
 def leave_group(worker):
-    """For loader processes: a signal to the whole group must not take them from the update in flight."""
+    """For loader processes: a signal to the whole group must not take them from the update in flight, nor be told."""
     if hasattr(os, "setpgrp"):  # there are no groups on Windows
         os.setpgrp()
-    # Errors are raised where examples are asked for. All that would be printed is that nobody does any more.
+    # What fails here is raised in the main process. The thread that hands tensors to it would print that it has gone.
     sys.excepthook = lambda *error: None
 
 

@@ -28,14 +28,14 @@ WAN = dict(height=32, width=32, num_frames=5, resolution=None)  # the smallest c
 long = pytest.mark.long  # what `make test` leaves out and `make test-faults` runs
 
 
-def on_one(first, others):
-    """Parameters: the first, and in the long part the others, where all of them run the same code."""
+def quick_first(first, others):
+    """Parameters: the first one, and in the long part the others."""
     return [first, *(pytest.param(other, marks=long) for other in others if other != first)]
 
 
-# For the fixture `each`, which is of the UNets' scripts without them.
+# For the fixture `each`, which is of the UNets' scripts without them. Shared code is so to the letter: test_copies.py.
 with_every = pytest.mark.parametrize("each", EVERY, indirect=True)
-with_shared_code = pytest.mark.parametrize("each", on_one("sd", EVERY), indirect=True)  # to the letter: test_copies.py
+with_shared_code = pytest.mark.parametrize("each", quick_first("sd", EVERY), indirect=True)
 ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 

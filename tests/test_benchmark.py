@@ -5,7 +5,7 @@ import sys
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import MotionAdapter
-from helpers import ROOT, on_one
+from helpers import ROOT, quick_first
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -60,7 +60,7 @@ def test_the_formula_of_an_updates_calls():
     assert benchmark.expected_calls(args) == 5 * [4] + 5 * [6]
 
 
-@pytest.mark.parametrize("kind", on_one("sdxl", ["video"]))
+@pytest.mark.parametrize("kind", quick_first("sdxl", ["video"]))
 def test_real_size_runs_train_and_tell_their_peak(kind, monkeypatch, capsys):
     """On a UNet of their layout with narrow layers."""
     import real_size_sdxl

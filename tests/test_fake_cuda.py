@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import report
-from helpers import ENVIRONMENT, ROOT, SCRIPTS, WAN, Run, assert_same_result, flags, forget_result, long, on_one
+from helpers import ENVIRONMENT, ROOT, SCRIPTS, WAN, Run, assert_same_result, flags, forget_result, long
 
 
 THREE_UPDATES = dict(max_train_steps=3, replay_steps=2, reference="latest", train_batch_size=4)
@@ -103,7 +103,7 @@ ROWS["sdxl-given-rivals"] = ("sdxl", dict(rivals="given", cache_latents=True, mi
 ROWS["sd-kept-rivals"] = ("sd", dict(rivals_per_winner=1, cache_latents=True, mixed_precision="fp16", unpaired=True))
 
 
-SLOW = ("sdxl-full", "sdxl-streamed", "sdxl-sft", "video-full", "video-streamed", "flux2-full", "wan-full")
+SLOW = ("sdxl-full", "sdxl-streamed", "sdxl-sft", "video-full", "video-streamed")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_fake_cuda_names_the_line_that_waits(train):
     assert all("predict(" in wait for wait in waits)
 
 
-@pytest.mark.parametrize("item", on_one("sd", [name for name in report.ITEMS if name not in ("versions", "nccl")]))
+@pytest.mark.parametrize("item", [name for name in report.ITEMS if name not in ("versions", "nccl")])
 def test_every_item_of_the_gpu_report_runs_there(gpu, tmp_path, item):
     """On tiny models, so that a card's owner does not meet our mistakes. The other two: test_gpu_report.py."""
     figures = tmp_path / "figures"

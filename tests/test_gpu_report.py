@@ -8,7 +8,7 @@ import time
 
 import pytest
 from gpu import report
-from helpers import ENVIRONMENT, ROOT, on_one
+from helpers import ENVIRONMENT, ROOT, quick_first
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ WAN = dict(num_layers=1, num_attention_heads=2, text_dim=16, ffn_dim=32)
 UMT5 = dict(d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=1)
 
 
-@pytest.mark.parametrize("kind", on_one("sd", report.SCRIPTS))
+@pytest.mark.parametrize("kind", quick_first("sd", report.SCRIPTS))
 def test_runs_at_the_real_size_are_of_models_that_are_built_here(kind, monkeypatch, tmp_path):
     """All the way through, with few and narrow layers: a card's owner should not be the first to try."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples" / "benchmark"), *sys.path])

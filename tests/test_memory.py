@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
-from helpers import ROOT, flags, long, on_one
+from helpers import ROOT, flags, long, quick_first
 
 import train_sspo_sd
 import train_sspo_sdxl
@@ -54,7 +54,7 @@ def measured(words):
 
 
 @pytest.mark.parametrize(
-    "more", on_one("--gradient_checkpointing", ["--train_mode full --draws_per_pair 2 --split_pairs"])
+    "more", quick_first("--gradient_checkpointing", ["--train_mode full --draws_per_pair 2 --split_pairs"])
 )
 def test_estimate_is_what_a_real_run_allocates(middling, more):
     words = [*FLAGS, *more.split()]

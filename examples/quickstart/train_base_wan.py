@@ -5,6 +5,7 @@ Three stages, the first two resumable (kill one, start it again) and leaving the
     python train_base_wan.py vae           # AutoencoderKLWan: 9 frames become 3 x 8 x 8 x 16 latents
     python train_base_wan.py transformer   # WanTransformer3DModel, on latents computed once
     python train_base_wan.py export        # the averaged weights as a WanPipeline, fp16, in --output_dir
+    python train_base_wan.py measure       # what came out: real clips behind its autoencoder, its own by guidance
 
 The text encoder is a small UMT5 of random weights that is never trained: its states tell the captions apart, and what
 they mean is learned by the transformer. Half of the clips flicker and no caption says so (see clips.py), so the base
@@ -17,12 +18,15 @@ import math
 from pathlib import Path
 
 import numpy as np
+import quickstart_wan
 import torch
 import torch.nn.functional as F
-from clips import MOTIONS, caption, mixed_set
+from clips import MOTIONS, caption, mixed_set, render
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from glyphs import CAPTIONS
+from glyphs import ALIGNED, CAPTIONS, HELD_OUT, TEST_SEEDS
+from quickstart_video import measure, sample
+from scorer import load_scorer
 from train_base import averaged_weights, grid, train
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -278,9 +282,35 @@ def export(args):
     print(f"{size / 1e6:.2f} MB in {args.output_dir}")
 
 
+def measure_base(args):
+    """Prints what quickstart_wan.py measures, of held-out emoji's real clips and of the base's of aligned ones."""
+    pipeline, scorer = quickstart_wan.load(args.output_dir, "cpu"), load_scorer()
+    vae, sampler = pipeline.vae, quickstart_wan.SAMPLER
+
+    def behind(clip):
+        decoded = vae.decode(vae.encode(clip_tensor(clip[None])).latent_dist.mode()).sample[0]
+        return ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
+
+    def tell(what, clips, jobs):
+        measured = measure(clips, jobs, scorer)
+        share = (measured["flicker"] > 0.02).mean()
+        means = ", ".join(f"{name} {values.mean():.4f}" for name, values in measured.items())
+        print(f"{what}: {means}, flickering {share:.0%}", flush=True)
+
+    jobs = [(HELD_OUT[i % 12], list(MOTIONS)[(i + i // 12) % 4]) for i in range(48)]
+    real = [render(*job, TEST_SEEDS, FRAMES) for job in jobs]
+    tell("real, steady", real, jobs)
+    with torch.no_grad():
+        tell("the same behind the autoencoder", [behind(clip) for clip in real], jobs)
+    jobs = [(ALIGNED[i % 28], list(MOTIONS)[(i + i // 28) % 4]) for i in range(56)]
+    for guidance in (1.0, 1.5, 3.0):
+        made = sample(pipeline, jobs, 50_000, sampler | {"guidance_scale": guidance})
+        tell(f"the base's at guidance {guidance:g}", made, jobs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["vae", "transformer", "export"])
+    parser.add_argument("stage", choices=["vae", "transformer", "export", "measure"])
     parser.add_argument("--work_dir", type=Path, default=Path("wan-base-work"))
     parser.add_argument("--output_dir", type=Path, default=HERE / "base_wan")
     parser.add_argument("--steps", type=int)
@@ -300,13 +330,15 @@ def main():
         "vae": {"steps": 5000, "batch_size": 4, "lr": 1.5e-3, "ema_decay": 0.995},
         "transformer": {"steps": 5500, "batch_size": 32, "lr": 1e-3, "ema_decay": 0.999},
         "export": {},
+        "measure": {},
     }
     args = parser.parse_args()
     for key, value in defaults[args.stage].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "transformer": train_transformer, "export": export}[args.stage](args)
+    stages = {"vae": train_vae, "transformer": train_transformer, "export": export, "measure": measure_base}
+    stages[args.stage](args)
 
 
 if __name__ == "__main__":

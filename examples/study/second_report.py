@@ -18,8 +18,8 @@ from scipy import stats
 
 PLACES = ("guidance 1", "own best")
 MARGIN = 0.1  # of SFT's mean MMD
-COLOURS = dict(zip(("hinge", "unpaired", "extrapolated"), ("#8c564b", "#2ca02c", "#e377c2")))
-COLOURS = study.report.COLOURS | COLOURS | {"sft constant": "#1f77b4", "sft decaying": "#17becf"}
+COLOURS = study.report.COLOURS | {"sft constant": "#1f77b4", "sft decaying": "#17becf", "hinge": "#8c564b"}
+COLOURS |= {"unpaired": "#2ca02c", "extrapolated": "#e377c2"}
 PRICES = {"score": 0.03, "second score": 0.03, "recall": 0.05}
 
 

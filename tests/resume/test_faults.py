@@ -21,7 +21,7 @@ from faults import (
     kill,
     send,
 )
-from helpers import Run, assert_same_result, forget_result, long, on_one, with_shared_code
+from helpers import Run, assert_same_result, forget_result, long, quick_first, with_shared_code
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_killed_after_it_went_back_to_an_older_checkpoint(train, whole):
 
 
 @pytest.mark.parametrize("call", [11, 12])
-@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
+@pytest.mark.parametrize("mode", quick_first("lora", ["full"]))
 def test_killed_while_it_keeps_rivals(train, whole, mode, call):
     """None of a batch or all are kept: what is sampled in a batch of another size may differ in its last bit."""
     options = dict(OPTIONS, train_mode=mode, cache_latents=True, rivals_per_winner=2)
@@ -117,7 +117,7 @@ def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, what, sec
     assert_as_never_stopped(whole(train, **OPTIONS), again)
 
 
-@pytest.mark.parametrize("workers", on_one(2, [0]))
+@pytest.mark.parametrize("workers", quick_first(2, [0]))
 @with_shared_code
 def test_interrupted_caching_leaves_no_half_file_and_resumes(each, whole, monkeypatch, workers):
     """Ctrl-C, which goes to the whole group, when the second of the cache's files waits to be put in place."""

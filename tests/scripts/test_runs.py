@@ -11,7 +11,7 @@ from helpers import (
     assert_same_but_for_rounding,
     assert_same_result,
     keep_models,
-    on_one,
+    quick_first,
     with_every,
     with_shared_code,
 )
@@ -71,7 +71,7 @@ def test_first_update_is_ln_2_with_gaps_of_exactly_0(each, options):
     assert run.metrics[1]["gap/rival"] != 0
 
 
-@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
+@pytest.mark.parametrize("mode", quick_first("lora", ["full"]))
 @with_every
 def test_sft_is_the_plain_denoising_loss(each, mode):
     """No reference, no rivals, no bank; its loss is the winners' error of the SSPO run with the same seed."""
@@ -142,7 +142,7 @@ def test_validation_has_a_guidance_of_its_own(trains, kind, default):
 # What may not change a run
 
 
-@pytest.mark.parametrize("mode", on_one("lora", ["full"]))
+@pytest.mark.parametrize("mode", quick_first("lora", ["full"]))
 @with_every
 def test_gradient_checkpointing_changes_nothing(each, mode):
     """But that layers are called again for the backward."""
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing(each, mode):
 
 
 @pytest.mark.parametrize(
-    "options", on_one(dict(train_mode="full", gradient_checkpointing=True, draws_per_pair=2), [{}])
+    "options", quick_first(dict(train_mode="full", gradient_checkpointing=True, draws_per_pair=2), [{}])
 )
 @with_every
 def test_split_pairs_change_nothing(each, options):
