@@ -19,12 +19,12 @@ import second_scorer  # noqa: E402
 import study  # noqa: E402
 
 
-RESULTS, SECOND_RESULTS, AGAIN = report.read_all(STUDY)
+RESULTS, SECOND_RESULTS, AGAIN = report.read_all()
 
 
 def test_every_run_of_the_plan_has_flags_that_the_script_takes():
     jobs = [job for job in study.main_jobs() if job.row != "base"]
-    assert len({job.result for job in jobs}) == len(jobs), "no two write the same file"
+    assert len({job.name for job in jobs}) == len(jobs), "no two are the same run"
     for job in jobs:
         args = study.script.parse_args(study.command_line(job.settings(), "winners", "out"))
         assert args.rollout_batch_size == args.train_batch_size, "the patches judge one batch of rivals an update"
@@ -47,8 +47,7 @@ def test_the_tuning_saw_nothing_of_what_the_results_are_about():
 
 def test_the_best_trial_was_taken():
     best = {}
-    for path in study.PILOTS.glob("*/*/*.json"):
-        trial = json.loads(path.read_text())
+    for trial in report.trial_records("pilots"):
         key = trial["regime"], trial["row"]
         best[key] = max(best.get(key, (0, {})), (report.samples(trial).mean(), trial["settings"]), key=lambda x: x[0])
     for (regime, row), (_, settings) in best.items():
@@ -69,8 +68,8 @@ def test_the_plan_tells_the_settings():
 
 def test_every_result_is_of_a_run_of_the_plan():
     jobs = [*study.main_jobs(), *study.second_jobs(), *study.later_jobs()]
-    assert len({job.result for job in jobs}) == len(jobs), "no two write the same file"
-    assert all(job.result.exists() for job in jobs), "the page says that all of the plan has run"
+    assert len({job.name for job in jobs}) == len(jobs), "no two are the same run"
+    assert not study.missing(jobs), "the page says that all of the plan has run"
     for base, results in (("first", RESULTS), ("second", SECOND_RESULTS)):
         check_results({(job.regime, job.row, job.seed): job for job in jobs if job.base == base}, results)
 
@@ -107,22 +106,53 @@ def test_committed_scores_are_those_of_the_base_that_is_shipped(base, results):
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capfd):
-    jobs = [study.Job("few", row, seed, {}, tmp_path) for row in ("sft", "sign") for seed in (0, 1)]
-    jobs[0].result.parent.mkdir()
-    jobs[0].result.write_text("kept")
+    monkeypatch.setattr(study, "WORK", tmp_path)
+    monkeypatch.setattr(report, "DATA", tmp_path / "data")
+    monkeypatch.setattr(report, "read_records", report.read_records.__wrapped__)
+    jobs = [study.Job("few", row, seed, {}, "part") for row in ("sft", "sign") for seed in (0, 1)]
+    jobs[0].result.parent.mkdir(parents=True)
+    jobs[0].result.write_text('"kept"')
 
     def run(job):
         if job.row == "sign" and job.seed == 1:
             raise RuntimeError("this one is broken")
-        job.result.write_text(f"{job.row} {job.seed}")
+        job.result.write_text(f'"{job.row} {job.seed}"')
 
     monkeypatch.setattr(study, "run", run)
-    assert study.run_all(jobs, 2, tmp_path / "logs") == 1, "one failed"
-    assert [job.result.read_text() for job in jobs[:3]] == ["kept", "sft 1", "sign 0"]
+    assert study.run_all(study.missing(jobs), 2, tmp_path / "logs") == 1, "one failed"
+    assert [study.told(job) for job in jobs[:3]] == ["kept", "sft 1", "sign 0"]
     assert not jobs[3].result.exists()
     (log,) = (tmp_path / "logs").glob("*few-sign-1.log")
     assert "this one is broken" in log.read_text()
     assert "FAILED" in capfd.readouterr().out
+
+
+def test_a_record_comes_back_from_the_tables_as_the_run_wrote_it(tmp_path, monkeypatch):
+    """Two captions, two noise sets of three pictures, judged half way by the first set, at the end by two scorers."""
+    monkeypatch.setattr(study, "WORK", tmp_path / "work")
+    monkeypatch.setattr(report, "DATA", tmp_path / "data")
+    report.read_records.cache_clear()
+    values = [round(value, 3) for value in np.random.default_rng(0).uniform(size=60)]
+    judged = {"preference": values[:12], "identity": values[12:24]}
+    record = {"regime": "few", "row": "sft, 500 updates", "seed": 3, "settings": {"rank": 16, "loss_type": "sft"}}
+    record |= {"seconds": 33.1, "latents": 7680, "curves": {"step": [2, 4], "gap/winner": [0.1, -2e-05]}}
+    record |= {"half way": {"preference": values[24:30], "identity": values[30:36]}, "error": 0.0627, "wall": 50.8}
+    record |= {"captions": ["rocket", "banana"], "per_caption": 3, "noise": [10_000, 20_000], **judged}
+    record["second scorer"] = {"preference": values[36:48], "identity": values[48:]}
+    base = {"regime": "few", "row": "base", "seed": 0, "error": 0.07, "wall": 1.5, **judged}
+    base |= {name: record[name] for name in ("captions", "per_caption", "noise")}
+    jobs = [study.Job("few", one["row"], one["seed"], {}, "results_again/first") for one in (record, base)]
+    jobs[0].result.parent.mkdir(parents=True)
+    for job, one in zip(jobs, (record, base)):
+        job.result.write_text(json.dumps(one))
+    study.collect()
+    jobs[1].result.unlink()
+    study.collect()
+    assert [study.told(job) for job in jobs] == [record, base], "what is no more in work/ stays in data/"
+    noise = {line["noise"]: line["caption"] for line in report.read_csv(report.DATA / "pictures.csv.gz")}
+    assert noise["10002"] == "rocket" and noise["20003"] == "banana", "the seed of each picture"
+    assert report.read_results("results_again/first")["few", "base"] == {0: base}
+    report.read_records.cache_clear()
 
 
 @pytest.mark.parametrize("ssr, otherwise", [("sign", -1.0), ("indicator", 0.0)])
@@ -255,7 +285,7 @@ def test_ages_are_those_of_the_references_that_were_drawn():
 def test_the_confirmation_is_fresh_and_tuned_alike():
     before = [*study.main_jobs(), *study.second_jobs(), *study.later_jobs(), *study.pilots(), *study.first_trials()]
     every = list(study.confirmation_jobs())
-    assert all(job.result.exists() for job in every), "the page says that all of the plan has run"
+    assert not study.missing(every), "the page says that all of the plan has run"
     jobs = [job for job in every if job.row != "base"]
     assert not {job.seed for job in jobs} & {job.seed for job in before}
     assert not {noise for job in jobs for noise in job.noise} & {noise for job in before for noise in job.noise}
@@ -264,7 +294,7 @@ def test_the_confirmation_is_fresh_and_tuned_alike():
         first = study.trial_scores(base, regime, row)
         best = max(first, key=first.get)
         assert set(first) >= set(study.RATES) and (best not in study.BEYOND or study.BEYOND[best] in first)
-    assert all(job.result.exists() for job in study.second_trials())
+    assert not study.missing(study.second_trials())
     two = [study.trial_scores("first", "plenty", "sft matched", seed) for seed in (101, 102)]
     assert max(two[0], key=two[0].get) == 6e-3 and study.best_trial("first", "plenty", "sft matched") == {
         "learning_rate": max(two[1], key=lambda rate: two[0][rate] + two[1][rate])
@@ -352,7 +382,7 @@ def test_ranks_share_a_place():
 
 def test_the_pages_say_what_the_results_say():
     pages = {name: (STUDY / name).read_text() for name in report.PAGES}
-    tables = report.tables(STUDY, {name: row.like for name, row in study.ROWS.items()})
+    tables = report.tables({name: row.like for name, row in study.ROWS.items()})
     assert pages == report.fill_in(pages, tables)
     with pytest.raises(ValueError, match="summary"):
         report.fill_in({"README.md": ""}, {"summary": ""})

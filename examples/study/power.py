@@ -43,7 +43,7 @@ def components(gains):
 
 def first_study():
     """`components`, averaged over the places, none below 0."""
-    _, _, again = report.read_all(report.HERE)
+    _, _, again = report.read_all()
     told = []
     for results in again.values():
         for regime in report.REGIMES:

@@ -1,5 +1,6 @@
-"""The study's tables and plots, from the files in results/ and pilots/ and nothing else."""
+"""The first study's tables and plots, from data/first and nothing else."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -11,11 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from records import read_csv  # noqa: E402
 
 from train_sspo_sd import ReplayBank  # noqa: E402
 
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / "data" / "first"
 REGIMES, WINNERS = ("plenty", "few"), {"plenty": 560, "few": 28}
 MAIN = ("base", "sft", "sft matched", "sign", "indicator", "none", "none, rival 0.3")
 DRAWS = ("4 draws", "sft, 500 updates")  # of equal time
@@ -34,19 +37,56 @@ def file_name(row):
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in row)
 
 
-def read_results(folder):
-    """{(regime, row): {seed: result}} of all files below `folder`."""
+RUNS = ("run", "regime", "row", "seed", "settings", "noise", "per_caption", "seconds", "latents", "error", "wall")
+PICTURES = ("run", "when", "caption", "noise", "clean", "right", "second clean", "second right")
+POINTS = ("run", "step", "name", "value")
+
+
+@functools.cache
+def read_records():
+    """{run: record} of data/first, as study.py's runs write them; in the order of the names."""
+    records = {}
+    for line in sorted(read_csv(DATA / "runs.csv"), key=lambda line: line["run"].split("/")):
+        record = {"regime": line["regime"], "row": line["row"], "captions": []}
+        record["noise"] = [int(first) for first in line["noise"].split()]
+        record |= {name: int(line[name]) for name in ("seed", "per_caption", "latents") if line[name]}
+        record |= {name: float(line[name]) for name in ("seconds", "error", "wall") if line[name]}
+        settings = json.loads(line["settings"])
+        records[line["run"]] = record | ({"settings": settings} if settings else {})
+    for line in read_csv(DATA / "pictures.csv.gz"):
+        record = records[line["run"]]
+        judged = record.setdefault("half way", {}) if line["when"] == "half way" else record
+        if line["caption"] not in record["captions"]:
+            record["captions"].append(line["caption"])
+        for prefix in ("", "second ") if line["second clean"] else ("",):
+            told = judged.setdefault("second scorer", {}) if prefix else judged
+            told.setdefault("preference", []).append(float(line[prefix + "clean"]))
+            told.setdefault("identity", []).append(float(line[prefix + "right"]))
+    for line in read_csv(DATA / "curves.csv.gz"):
+        curves = records[line["run"]].setdefault("curves", {})
+        value = float(line["value"])
+        curves.setdefault(line["name"], []).append(int(value) if line["name"] == "step" else value)
+    return records
+
+
+def read_results(part):
+    """{(regime, row): {seed: record}} of a part of the study."""
     results = {}
-    for path in sorted(Path(folder).glob("*/*.json")):
-        result = json.loads(path.read_text())
-        results.setdefault((result["regime"], result["row"]), {})[result["seed"]] = result
+    for run, record in read_records().items():
+        if run.rsplit("/", 2)[0] == part:
+            results.setdefault((record["regime"], record["row"]), {})[record["seed"]] = record
     return results
 
 
-def read_all(folder):
+def read_all():
     """The results of both bases, as the plan's first sections had them, and {base: results} of the confirmation."""
-    again = {base: read_results(folder / "results_again" / base) for base in BASES}
-    return read_results(folder / "results"), read_results(folder / "results_second"), again
+    again = {base: read_results(f"results_again/{base}") for base in BASES}
+    return read_results("results"), read_results("results_second"), again
+
+
+def trial_records(part):
+    """Those of a tuning."""
+    return [record for run, record in read_records().items() if run.startswith(f"{part}/")]
 
 
 def samples(result, name="score"):
@@ -197,11 +237,10 @@ def curves_table(results, regime, rows):
     return table(head, lines)
 
 
-def pilots_table(folder):
+def pilots_table(results):
     """Every trial of the tuning; the chosen ones are those of TUNED in study.py."""
     trials = {}
-    for path in sorted(Path(folder).glob("*/*/*.json")):
-        result = json.loads(path.read_text())
+    for result in results:
         settings = result["settings"]
         trial = f"{settings['learning_rate']:g}"
         if "rollout_guidance_scale" in settings:
@@ -332,11 +371,10 @@ def changes_table(bases, parents):
     return table(head, lines)
 
 
-def rates_table(folder):
-    """The confirmation's tuning: every trial, the best in bold."""
+def rates_table(results):
+    """The confirmation's tuning: every trial, the best in bold. `results` are those of each base."""
     trials = {}
-    for path in sorted(Path(folder).glob("*/*/*/*.json")):
-        result, base = json.loads(path.read_text()), path.parts[-4]
+    for base, result in ((base, result) for base, told in results.items() for result in told):
         scores = trials.setdefault((base, result["regime"], result["row"]), {})
         scores.setdefault(result["settings"]["learning_rate"], []).append(float(samples(result).mean()))
     rates = sorted({rate for scores in trials.values() for rate in scores})
@@ -401,11 +439,12 @@ def ages_table(results, rows=("sign", "indicator", "none", "none, rival 0.3")):
     return table([*head, "rivals that are clean", "switch agrees with the scorer"], lines)
 
 
-def tables(folder, parents):
+def tables(parents):
     """{marker: text} of all that the pages show between markers. `parents` has all rows, see scores_table."""
-    results, second, again = read_all(folder)
-    told = {"pilots": pilots_table(folder / "pilots"), "draws": draws_table({"first": results, "second": second})}
-    told |= {"rates": rates_table(folder / "pilots_again"), "gradients": gradients_table(folder / "gradients.json")}
+    results, second, again = read_all()
+    told = {"pilots": pilots_table(trial_records("pilots")), "gradients": gradients_table(HERE / "gradients.json")}
+    told["rates"] = rates_table({base: trial_records(f"pilots_again/{base}") for base in BASES})
+    told["draws"] = draws_table({"first": results, "second": second})
     told["changes"] = changes_table(again, parents)
     told |= {"summary": summary_table(again), "captions": captions_table(again)}
     places = {"first part, first": results, "first part, second": second}
@@ -553,13 +592,19 @@ def plot_curves(results):
     return figure
 
 
-def picture_sheet(folder, rows, seed, regimes, left=150, top=22):
-    """The rows' first pictures of one training seed, by the same noise: the strips that the runs left."""
+def picture_sheet(folder, results, rows, seed, regimes, left=150, top=22):
+    """
+    The rows' first pictures of one training seed, by the same noise: the strips that the runs left in `folder`.
+
+    Returns:
+        a PIL picture, or None where not all the runs of `results` were made on this machine: strips are in no table.
+    """
     strips = [("base", folder / "plenty" / "base-0.png")]
-    strips += [
-        (f"{regime}: {row}", folder / regime / f"{file_name(row)}-{seed}.png") for regime in regimes for row in rows
-    ]
-    strips = [(name, path) for name, path in strips if path.exists()]
+    for regime in regimes:
+        there = [row for row in rows if seed in results.get((regime, row), {})]
+        strips += [(f"{regime}: {row}", folder / regime / f"{file_name(row)}-{seed}.png") for row in there]
+    if not all(path.exists() for _, path in strips):
+        return None
     pictures = [(name, Image.open(path).convert("RGB")) for name, path in strips]
     width, height = pictures[0][1].size
     canvas = Image.new("RGB", (left + width, len(pictures) * (height + 2)), "white")
@@ -570,12 +615,12 @@ def picture_sheet(folder, rows, seed, regimes, left=150, top=22):
     return canvas.quantize(128)
 
 
-def write(folder, parents):
-    """The pages' tables and the plots, from the results in `folder`."""
-    results, second, again = read_all(folder)
-    pages = {name: (folder / name).read_text() for name in PAGES}
-    for name, text in fill_in(pages, tables(folder, parents)).items():
-        (folder / name).write_text(text)
+def write(strips, parents):
+    """The pages' tables and the plots, from data/first, and the sheets of pictures from the runs' `strips`."""
+    results, second, again = read_all()
+    pages = {name: (HERE / name).read_text() for name in PAGES}
+    for name, text in fill_in(pages, tables(parents)).items():
+        (HERE / name).write_text(text)
     for name, figure in {
         "scores": plot_scores(results, parents),
         "scores_second": plot_scores(second, [*MAIN, *DRAWS]),
@@ -583,11 +628,13 @@ def write(folder, parents):
         "cost": plot_cost(results),
         "curves": plot_curves(results),
     }.items():
-        figure.savefig(folder / f"{name}.png", dpi=80, metadata={"Software": None})
+        figure.savefig(HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    sheets = {"pictures": (folder / "results", MAIN[1:], 0, (*REGIMES, "long"))}
     confirmed = ("sft matched", "sft, 500 updates", *MAIN[3:], "4 draws")
-    sheets |= {f"pictures_{base}": (folder / "results_again" / base, confirmed, 5, REGIMES) for base in BASES}
+    sheets = {"pictures": picture_sheet(strips / "results", results, MAIN[1:], 0, (*REGIMES, "long"))}
+    for base in BASES:
+        shown = picture_sheet(strips / "results_again" / base, again[base], confirmed, 5, REGIMES)
+        sheets[f"pictures_{base}"] = shown
     for name, sheet in sheets.items():
-        if any(sheet[0].glob("*/*.png")):  # the confirmation runs last
-            picture_sheet(*sheet).save(folder / f"{name}.png", optimize=True)
+        if sheet:
+            sheet.save(HERE / f"{name}.png", optimize=True)

@@ -12,12 +12,9 @@ while that file, or its line in data/runs.csv, is there: the study can be stoppe
 # ruff: noqa: E402, I001
 import argparse
 import contextlib
-import csv
 import fcntl
 import functools
-import gzip
 import hashlib
-import io
 import json
 import os
 import platform
@@ -36,6 +33,7 @@ import measures
 import numpy as np
 import torch
 from glyphs import CAPTIONS, WINNER_SEEDS, degrade, is_degraded, render, write_winners
+from records import read_csv, update
 from safetensors.torch import load_file, save_file
 from scorer import load_scorer, scores, to_tensor
 from second_scorer import load_second_scorer
@@ -556,44 +554,24 @@ JUDGED = ("run", "model", "guidance", "part", "caption", "noise", "clean", "righ
 POINTS = ("run", "step", "name", "value")
 
 
-def read_csv(path):
-    """A list of dicts of text; empty where the file is missing."""
-    if not path.exists():
-        return []
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return list(csv.DictReader(io.StringIO(text.decode())))
-
-
-def write_csv(path, columns, lines):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    data = text.getvalue().encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-
-
 def collect():
     """Writes data/: all records of work/runs, and what it had of other runs. Returns the number of runs."""
     records = [json.loads(path.read_text()) for path in sorted((WORK / "runs").glob("*.json"))]
-    new = {record["run"] for record in records}
-    tables = {name: [] for name in ("runs.csv", "captions.csv.gz", "pictures.csv.gz", "curves.csv.gz")}
-    for name, lines in tables.items():
-        lines += [line for line in read_csv(DATA / name) if line["run"] not in new]
+    runs, captions, pictures, curves = [], [], [], []
     for record in records:
         run = {"run": record["run"]}
-        tables["runs.csv"].append(record | {"flags": json.dumps(record["flags"])})
+        runs.append(record | {"flags": json.dumps(record["flags"])})
         for line in record["captions"]:
-            tables["captions.csv.gz"].append(line | run)
+            captions.append(line | run)
             for noise, values in enumerate(line["pictures"] if record["stage"] == "main" else ()):
-                tables["pictures.csv.gz"].append(line | run | dict(zip(JUDGED[5:], (noise, *values))))
+                pictures.append(line | run | dict(zip(JUDGED[5:], (noise, *values))))
         for name, values in record.get("curves", {}).items():
             for step, value in zip(record["curves"]["step"], values):
-                tables["curves.csv.gz"].append({**run, "step": step, "name": name, "value": value})
-    DATA.mkdir(exist_ok=True)
-    for (name, lines), columns in zip(tables.items(), (RUNS, LINES, JUDGED, POINTS)):
-        write_csv(DATA / name, columns, sorted(lines, key=lambda line: line["run"]))
-    return len(tables["runs.csv"])
+                curves.append({**run, "step": step, "name": name, "value": value})
+    tables = {"runs.csv": (RUNS, runs), "captions.csv.gz": (LINES, captions)}
+    tables |= {"pictures.csv.gz": (JUDGED, pictures), "curves.csv.gz": (POINTS, curves)}
+    update(DATA, tables, {record["run"] for record in records})
+    return len(read_csv(DATA / "runs.csv"))
 
 
 def run_all(workers):

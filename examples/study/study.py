@@ -1,8 +1,9 @@
 """The study: does SSPO bring more than fine-tuning on the same winners, and by which of its parts?
 
 A run is one training by train_sspo_sd.py on an emoji base, then pictures of captions that it never saw, judged by
-examples/quickstart/scorer.py. Each leaves one JSON file in results/ and is not run again while that file is there, so
-the study can be stopped and continued. What is run and concluded was written down in plan_first.md before the runs.
+examples/quickstart/scorer.py. Each leaves one file in work/first (ignored by git) and is not run again while that file
+or its line in data/first/runs.csv is there, so the study can be stopped and continued. What is run and concluded was
+written down in plan_first.md before the runs.
 
     python examples/study/study.py run                  # what is missing, in the plan's order, then the report
     python examples/study/study.py run --rows sft sign  # some rows
@@ -10,12 +11,13 @@ the study can be stopped and continued. What is run and concluded was written do
     python examples/study/study.py later                # what the plan adds, on both
     python examples/study/study.py again                # the confirmation: tuning of its own, fresh seeds, two scorers
     python examples/study/study.py pilot                # the tuning, on captions and seeds of its own
-    python examples/study/study.py report               # tables and plots of the pages from the results
+    python examples/study/study.py report               # the runs into data/first, from it tables and plots
 """
 
 # ruff: noqa: E402
 import argparse
 import inspect
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -45,6 +47,7 @@ from diffusers.utils import logging as diffusers_logging
 from glyphs import HELD_OUT, TEST_SEEDS, WINNER_SEEDS, render, write_winners
 from PIL import Image
 from quickstart import load_aligned, load_pipeline
+from records import update
 from scorer import judge, load_scorer, scores, to_tensor
 from second_scorer import load_second_scorer
 from transformers.utils import logging as transformers_logging
@@ -53,8 +56,7 @@ import train_sspo_sd as script
 
 
 BASES = {"first": HERE.parent / "quickstart" / "base", "second": HERE / "base"}
-RESULTS, SECOND_RESULTS, PILOTS = HERE / "results", HERE / "results_second", HERE / "pilots"
-AGAIN_RESULTS, AGAIN_PILOTS = HERE / "results_again", HERE / "pilots_again"
+WORK = HERE / "work" / "first"
 
 # Of the captions that no winner has, a third chose the settings (plan_first.md); the others are only for the results.
 SELECTION = HELD_OUT[::3]
@@ -162,7 +164,7 @@ class Job:
     row: str
     seed: int
     tuned: dict
-    folder: Path = RESULTS
+    part: str = "results"  # of the study
     captions: tuple = tuple(TEST)
     noise: tuple = (10_000, 20_000)
     per_caption: int = 6
@@ -170,8 +172,12 @@ class Job:
     half_way: bool = True  # whether the checkpoint in the middle is judged too
 
     @property
+    def name(self):
+        return f"{self.part}/{self.regime}/{report.file_name(self.row)}-{self.seed}"
+
+    @property
     def result(self):
-        return self.folder / self.regime / f"{report.file_name(self.row)}-{self.seed}.json"
+        return WORK / f"{self.name}.json"
 
     def settings(self):
         """The flags of train_sspo_sd.py but for those that name files, and OWN_SETTINGS."""
@@ -215,7 +221,7 @@ def main_jobs():
 
 def second_jobs():
     """The main rows on the second base, with the settings that the first one's tuning chose."""
-    base = {"base": "second", "folder": SECOND_RESULTS}
+    base = {"base": "second", "part": "results_second"}
     yield Job("plenty", "base", 0, {}, **base)
     for seed in range(3):
         for regime in TUNED:
@@ -225,7 +231,7 @@ def second_jobs():
 
 def later_jobs():
     """What the plan adds, in its order."""
-    first, second = {}, {"base": "second", "folder": SECOND_RESULTS}
+    first, second = {}, {"base": "second", "part": "results_second"}
 
     def jobs(regimes, rows, seeds, base):
         for seed in seeds:
@@ -250,7 +256,7 @@ def pilots():
             if row != "base" and ROWS[row].tier == 1:
                 for trial in sft_grid if "sft" in row else sspo_grid:
                     name = "_".join(f"{value:g}" for value in trial.values())
-                    yield Job(regime, row, 100, trial, PILOTS / name, tuple(SELECTION), (30_000,), 16)
+                    yield Job(regime, row, 100, trial, f"pilots/{name}", tuple(SELECTION), (30_000,), 16)
 
 
 # The confirmation: what it compares, and the rates that every row tries. Where the best of the three is the lowest or
@@ -263,17 +269,27 @@ RATES, BEYOND = (1e-3, 3e-3, 6e-3), {1e-3: 3e-4, 6e-3: 12e-3}
 FRESH_NOISE = (40_000, 50_000)
 
 
+def told(job):
+    """The record of a run that is there, from its file or from data/first, or None."""
+    if job.result.exists():
+        return json.loads(job.result.read_text())
+    return report.read_records().get(job.name)
+
+
+def missing(jobs):
+    return [job for job in jobs if told(job) is None]
+
+
 def trial(base, regime, row, rate, seed=101):
     tuned = {"learning_rate": rate} | ({} if "sft" in row else {"rollout_guidance_scale": 1.0})
-    folder = AGAIN_PILOTS / base / f"{rate:g}"
-    return Job(regime, row, seed, tuned, folder, tuple(SELECTION), (30_000,), 16, base, half_way=False)
+    part = f"pilots_again/{base}/{rate:g}"
+    return Job(regime, row, seed, tuned, part, tuple(SELECTION), (30_000,), 16, base, half_way=False)
 
 
 def trial_scores(base, regime, row, seed=101):
     """{rate: score} of the trials that have run."""
-    made = {rate: trial(base, regime, row, rate, seed).result for rate in (*RATES, *BEYOND.values())}
-    made = {rate: json.loads(path.read_text()) for rate, path in made.items() if path.exists()}
-    return {rate: report.samples(result).mean() for rate, result in made.items()}
+    made = {rate: told(trial(base, regime, row, rate, seed)) for rate in (*RATES, *BEYOND.values())}
+    return {rate: report.samples(result).mean() for rate, result in made.items() if result}
 
 
 def best_trial(base, regime, row):
@@ -308,7 +324,7 @@ def confirmation_jobs():
 
     def job(base, regime, row, seed):
         tuned = {} if row == "base" else best_trial(base, regime, row if row in CONFIRMED else ROWS[row].like)
-        return Job(regime, row, seed, tuned, AGAIN_RESULTS / base, noise=FRESH_NOISE, base=base, half_way=False)
+        return Job(regime, row, seed, tuned, f"results_again/{base}", noise=FRESH_NOISE, base=base, half_way=False)
 
     for base in BASES:
         yield job(base, "plenty", "base", 0)
@@ -570,6 +586,31 @@ def run(job):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def collect():
+    """Writes data/first: all records below work/first, and what it had of other runs."""
+    records = {str(path.relative_to(WORK).with_suffix("")): path for path in sorted(WORK.rglob("*.json"))}
+    records = {run: json.loads(path.read_text()) for run, path in records.items()}
+    runs, pictures, curves = [], [], []
+    for run, record in records.items():
+        noise = " ".join(map(str, record["noise"]))
+        runs.append({"run": run, **record, "noise": noise, "settings": json.dumps(record.get("settings", {}))})
+        for when, judged in (("half way", record.get("half way", {})), ("end", record)):
+            second = judged.get("second scorer", {})
+            told = [judged.get("preference", ()), judged.get("identity", ())]
+            told += [second.get("preference", ()), second.get("identity", ())]
+            count = len(record["captions"]) * record["per_caption"]
+            for place, values in enumerate(itertools.zip_longest(*told)):
+                line = {"run": run, "when": when, "noise": record["noise"][place // count] + place % count}
+                line["caption"] = record["captions"][place % count // record["per_caption"]]
+                pictures.append(line | dict(zip(report.PICTURES[4:], values)))
+        for name, values in record.get("curves", {}).items():
+            for step, value in zip(record["curves"]["step"], values):
+                curves.append({"run": run, "step": step, "name": name, "value": value})
+    tables = {"runs.csv": (report.RUNS, runs), "pictures.csv.gz": (report.PICTURES, pictures)}
+    update(report.DATA, tables | {"curves.csv.gz": (report.POINTS, curves)}, set(records))
+    report.read_records.cache_clear()
+
+
 def in_child(job, log, carry_out):
     sys.stdout = sys.stderr = log.open("w", buffering=1)
     for descriptor in (1, 2):
@@ -579,7 +620,7 @@ def in_child(job, log, carry_out):
 
 def run_all(jobs, workers, logs, carry_out=None):
     """
-    Runs the jobs whose result is missing, `workers` at a time, each in a process of its own, by `carry_out` or `run`.
+    Runs the jobs, `workers` at a time, each in a process of its own, by `carry_out` or `run`.
 
     They are forked from this one, which has imported everything (half a minute) but never trained: accelerate's state
     and the patches of a run are its own.
@@ -588,7 +629,7 @@ def run_all(jobs, workers, logs, carry_out=None):
         how many failed.
     """
     context, running, failed = multiprocessing.get_context("fork"), {}, 0
-    waiting = [job for job in jobs if not job.result.exists()]
+    waiting = list(jobs)
     logs.mkdir(parents=True, exist_ok=True)
     while waiting or running:
         while waiting and len(running) < workers:
@@ -621,10 +662,11 @@ def main():
         chosen = list(jobs())
         if jobs not in (first_trials, trials_beyond, second_trials):  # what a row is tuned by has all of its rates
             chosen = [job for job in chosen if job.row in args.rows and job.regime in args.regimes]
-        if failed := run_all(chosen, args.workers, args.logs):
+        if failed := run_all(missing(chosen), args.workers, args.logs):
             break
+    collect()
     if args.command != "pilot":
-        report.write(HERE, {name: row.like for name, row in ROWS.items()})
+        report.write(WORK, {name: row.like for name, row in ROWS.items()})
     if failed:
         sys.exit(f"{failed} runs failed: see {args.logs}")
 
