@@ -53,6 +53,7 @@ study: $(VENV)/installed
 	test -e $(STUDY)/gradients.json || $(BIN)/python $(STUDY)/gradients.py
 	$(BIN)/python $(STUDY)/study.py report
 	$(BIN)/python $(STUDY)/second.py run
+	$(BIN)/python $(STUDY)/second_report.py report
 
 test: style
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto

@@ -30,8 +30,9 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
 The five numbers stand at the functions below and at the lines of the loop, which is in `main` at the end of the file.
-At the first update policy and reference are the same model, so L = ln 2 exactly; it stays near ln 2 for long, and the
-two gaps are what to watch. Where the paper is silent or two of its versions differ, --help says what is chosen.
+At the first update policy and reference are the same model, so L = ln 2 exactly; it stays near ln 2 for long, and no
+curve tells a good run: look at the samples. The defaults are the paper's, where it tells them (docs/method.md). In our
+study --ssr none --rival_weight 0.3 --draws_per_pair 4, as in the command below, did better (examples/study).
 
 Beside train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
 (1 - sigma) * latents + sigma * noise, with t = 1000 sigma. What this does to beta and to the strength of a rival is
@@ -43,7 +44,8 @@ Distilled models (FLUX.2 [klein] without "base", FLUX.2 [dev]) are refused.
 
     accelerate launch train_sspo_flux2.py \
         --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B \
-        --train_data_dir path/to/winners --mixed_precision bf16 --cache_latents --gradient_checkpointing \
+        --train_data_dir path/to/winners --ssr none --rival_weight 0.3 --draws_per_pair 4 \
+        --mixed_precision bf16 --cache_latents --gradient_checkpointing \
         --train_batch_size 1 --gradient_accumulation_steps 16 --rollout_batch_size 4 \
         --learning_rate 1e-4 --validation_prompts "a red fox in the snow" --output_dir sspo-klein
 """
@@ -493,13 +495,14 @@ def add_shared_arguments(parser):
     add("--dataset_config_name", help="Configuration of the data set, if it has several.")
     add("--train_data_dir", help="Folder of winners, in any of the forms that the README lists.")
     add("--caption_column", help="Default: the first that exists of text, caption, txt, prompt.")
-    add("--max_train_samples", type=natural, help="Use only the first so many rows.")
-    add("--streaming", action="store_true", help="Read the data set as it goes, with one loader process a rank.")
+    add("--max_train_samples", type=natural, help="Use only the first N rows.")
+    add("--streaming", action="store_true",
+        help="Read the data as training goes, with at most one loader process per rank.")
     add("--proportion_empty_prompts", type=share, default=0.0,
         help="Share of pairs whose caption is dropped, for the winner and the rival alike.")
-    add("--dataloader_num_workers", type=not_negative, default=0, help="Processes that load winners, a rank.")
+    add("--dataloader_num_workers", type=not_negative, default=0, help="Loader processes per rank.")
     add("--on_bad_example", choices=["stop", "skip"], default="stop",
-        help="What a winner that cannot be read does. skip: the log names it, and the run does without it.")
+        help="What to do with a winner that cannot be read: stop, or skip it and name it in the log.")
     add("--cache_latents", action="store_true",
         help="Encode winners and captions once, to disk, and take the VAE and the text encoder off the accelerator. "
         "Crop, flip and one of several captions are then drawn once a row instead of once an epoch.")
@@ -515,12 +518,13 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).")
     add("--unpaired", action="store_true",
         help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
-        "learned where the rival is far away. Wants a lower --beta_dpo, such as 200.")
+        "learned where the rival is far away. Wants a tenth of --beta_dpo, or so.")
     add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
-    add("--sft_weight", type=factor, default=0.0, help="Adds so much of the winner's denoising error.")
+    add("--sft_weight", type=factor, default=0.0,
+        help="Adds this multiple of the winner's denoising error to the loss.")
     add("--draws_per_pair", type=natural, default=1,
         help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
-        "is decided by their mean. The update needs the memory of a batch so many times as large.")
+        "is decided by their mean. The memory for activations grows in proportion.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
@@ -549,7 +553,7 @@ def add_shared_arguments(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="Every random draw follows from it, on any layout of hardware.")
-    add("--train_batch_size", type=natural, default=4, help="Pairs in a micro-batch, a process.")
+    add("--train_batch_size", type=natural, default=4, help="Pairs per micro-batch and process.")
     add("--gradient_accumulation_steps", type=natural, default=1, help="Micro-batches in an update.")
     add("--max_train_steps", type=natural, help="Updates. Default: 210, the paper's seven iterations.")
     add("--num_train_epochs", type=natural, help="Passes over the winners, without --max_train_steps.")
@@ -560,7 +564,7 @@ def add_shared_arguments(parser):
     add("--learning_rate", type=positive, default=1e-5, help="Peak learning rate.")
     add("--lr_scheduler", default="constant", help="Schedule of the rate.",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
-    add("--lr_warmup_steps", type=not_negative, default=0, help="Updates of warm-up, of every schedule but constant.")
+    add("--lr_warmup_steps", type=not_negative, default=0, help="Warm-up updates; not with --lr_scheduler constant.")
     add("--lr_num_cycles", type=natural, default=1, help="Cycles of cosine_with_restarts.")
     add("--optimizer", choices=["adamw", "adafactor"], default="adamw", help="Adafactor needs the least memory.")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes.")
@@ -1046,14 +1050,15 @@ def save_result(models, args, directory):
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
     base = args.pretrained_model_name_or_path if args.train_mode == "lora" else name
-    tokens = args.max_sequence_length
+    size, tokens = "height={}, width={}".format(*picture_size(args)), args.max_sequence_length
     tokens = "" if tokens == PROMPT_TOKENS else f", max_sequence_length={tokens}"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)',
         f'pipeline.load_lora_weights("{name}")' if args.train_mode == "lora" else "",
-        f'picture = pipeline(prompt="a red fox in the snow"{tokens}).images[0]',
+        'pipeline.enable_model_cpu_offload()  # or, on a large card, pipeline.to("cuda")',
+        f'picture = pipeline(prompt="a red fox in the snow", {size}{tokens}).images[0]',
     ]
     return "\n".join(filter(None, lines))
 
@@ -1067,7 +1072,8 @@ def write_samples(rows, args, step, trackers):
     grid.save(path)
     for tracker in trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+        if hasattr(tracker, "log_images"):  # not all of --report_to all have it
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1557,7 +1563,7 @@ class LatentCache:
         self.write("prompts", len(self.captions), batches, len(prompts), accelerator)
         for module in models.encoders:
             if module is not models.vae:
-                module.to("cpu")  # a VAE of clips may need the room
+                module.to("meta")  # its memory is freed: it encodes nothing any more, and a VAE of clips may need it
         batches = (
             (batch, {e["row"]: e for e in encode_latents(models, examples)} if examples else {}, bad)
             for batch, examples, bad in loader
@@ -1672,24 +1678,23 @@ def find_checkpoint(args):
 
     Raises UserError if it is not there or damaged, or if a new run would overwrite the results of an old one.
     """
-    checkpoints = list(list_checkpoints(args.output_dir).values())
-    if args.resume_from_checkpoint is None:
+    wanted, checkpoints = args.resume_from_checkpoint, list(list_checkpoints(args.output_dir).values())
+    if wanted is None or (wanted == "latest" and not checkpoints):
         if checkpoints or any(Path(args.output_dir, name).exists() for name in RESULTS):
+            advice = "resume it with --resume_from_checkpoint latest, or" if checkpoints else "it left no checkpoint:"
             raise UserError(
-                f"--output_dir {args.output_dir} holds the results of another run: resume it with "
-                "--resume_from_checkpoint latest, or choose another folder"
+                f"--output_dir {args.output_dir} holds the results of another run: {advice} choose another folder"
             )
-        return None, None
-    if args.resume_from_checkpoint == "latest":
-        if not checkpoints:
+        if wanted == "latest":
             logger.info(f"{args.output_dir} has no checkpoint yet: this is a new run.")
-            return None, None
+        return None, None
+    if wanted == "latest":
         checkpoint = checkpoints[-1]
     else:
-        places = (Path(args.resume_from_checkpoint), Path(args.output_dir, args.resume_from_checkpoint))
+        places = (Path(wanted), Path(args.output_dir, wanted))
         checkpoint = next((path for path in places if path.is_dir()), None)
         if checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint")
+            raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint")
     try:
         return checkpoint, json.loads((checkpoint / "run.json").read_text())
     except (OSError, ValueError) as error:
@@ -1729,6 +1734,8 @@ def load_checkpoint(accelerator, checkpoint, args):
     """Reads what save_checkpoint wrote. Pickles are read for their tensors alone: code in them is refused, not run."""
     try:
         accelerator.load_state(checkpoint)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever torch, safetensors and diffusers say to damaged files
         raise damaged(checkpoint, error, args) from error
     accelerator.step = 0  # it counts micro-batches, and the accumulation may have changed
@@ -1774,13 +1781,14 @@ def clean_up(output_dir, step):
             os.replace(checkpoint, checkpoint.with_suffix(".partial"))
     ours = ("*.partial", "replay/**/*.partial", "cache/**/*.partial")
     for leftover in [path for pattern in ours for path in Path(output_dir).glob(pattern)]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # it was in one
     if step == 0:
         shutil.rmtree(Path(output_dir, "replay"), ignore_errors=True)
     metrics = Path(output_dir, "metrics.jsonl")
-    lines = metrics.read_text().splitlines(keepends=True)[:step] if metrics.exists() else []  # one an update
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]  # the last one may be half written
     partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(lines))
+    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     os.replace(partial, metrics)
 
 
@@ -2018,7 +2026,11 @@ def prepare_denoiser(models, args, device):
         except ValueError as error:
             raise UserError(f"--lora_layers {args.lora_layers} fits no layer: {one_line(error)}") from error
         cast_training_params(denoiser, torch.float32)
-        models.adapted_layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        adapted = {f".{name}": part for name, part in denoiser.named_modules() if isinstance(part, BaseTunerLayer)}
+        for layer in map(str.strip, args.lora_layers.split(",") if args.lora_layers else ()):
+            if not any(name.endswith(f".{layer}") for name in adapted):  # a misspelt one among others
+                raise UserError(f"--lora_layers {args.lora_layers}: {layer} fits no layer")
+        models.adapted_layers = list(adapted.values())
         for layer in models.adapted_layers:
             layer.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
     else:
@@ -2160,8 +2172,7 @@ def main(args):
         cache = LatentCache(args, winners, key=(str(dtype), settings["base weights"]))
         cache.fill(models, accelerator)
         load, encode = cache.load, list  # what it loads is encoded
-        for module in models.encoders:
-            module.to("cpu")
+        models.vae.to("cpu")
     trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
     optimizer, schedule = make_optimizer(trained, args)
     policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's recipe, worked out for any number of GPUs. On one machine with eight:
+# The paper's recipe, worked out for any number of GPUs. For Stable Diffusion: FLUX.2 and Wan want another beta and LoRA,
+# docs/scaling.md has a command for them. On one machine with eight GPUs, DATA a folder or a data set of the hub:
 #
 #   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 DATA=path/to/winners OUTPUT=sspo examples/multi_gpu/launch.sh
 #
@@ -18,7 +19,7 @@
 #   rollouts an update   128     16      8      2      (on each GPU)
 set -euo pipefail
 
-: "${MODEL:?the base model: hub name or folder}" "${DATA:?the folder of winners}" "${OUTPUT:?where the results go}"
+: "${MODEL:?the base model: hub name or folder}" "${DATA:?the winners: folder or hub name}" "${OUTPUT:?where the results go}"
 SCRIPT=${SCRIPT:-$(dirname "$0")/../../train_sspo_sd.py}
 GPUS=${GPUS:-8}              # of one machine
 MACHINES=${MACHINES:-1}
@@ -45,6 +46,8 @@ else
     LAYOUT=(--num_machines 1 --mixed_precision no --dynamo_backend no)
 fi
 
+if [[ -e $DATA ]]; then WINNERS=(--train_data_dir "$DATA"); else WINNERS=(--dataset_name "$DATA"); fi
+
 # After SIGTERM a run finishes its update and saves a checkpoint; the launcher's agent kills it after 30 seconds unless
 # told otherwise, and an update of 2048 pairs may take longer (docs/scaling.md).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
@@ -53,7 +56,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; the
 # precision, here bf16; and the rivals' sampler, here the scripts' own.
 exec accelerate launch "${LAYOUT[@]}" --num_processes "$PROCESSES" "$SCRIPT" \
-    --pretrained_model_name_or_path "$MODEL" --train_data_dir "$DATA" --output_dir "$OUTPUT" \
+    --pretrained_model_name_or_path "$MODEL" "${WINNERS[@]}" --output_dir "$OUTPUT" \
     --mixed_precision "$PRECISION" --gradient_checkpointing \
     --train_mode full --beta_dpo 2000 --reference random --replay_steps 30 --max_train_steps 210 \
     --learning_rate 2e-5 --lr_scheduler constant_with_warmup --lr_warmup_steps 20 \

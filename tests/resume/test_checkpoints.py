@@ -118,6 +118,24 @@ def test_what_a_crash_left_is_no_checkpoint(train, run, whole):
     assert not list(run.path.glob("*.partial")) and foreign.exists()
 
 
+def test_half_written_files_inside_half_written_folders_go_with_them(tmp_path):
+    """Killed while a rival was kept: its file is in a folder that has no place yet either."""
+    rival = tmp_path / "replay" / "rivals" / "rank-0" / "5.partial" / "row-3-0.partial"
+    rival.parent.mkdir(parents=True)
+    rival.touch()
+    script.clean_up(tmp_path, 150)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_metrics_are_kept_by_their_update(tmp_path):
+    """Those of a run that went on in another folder begin where it did; the last line may be half written."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.6}) + "\n" for step in range(101, 301)]
+    path.write_text("".join(lines) + '{"step": 1')
+    script.clean_up(tmp_path, 150)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(101, 151)]
+
+
 def test_a_checkpoint_that_is_not_there(run, resume):
     with pytest.raises(script.UserError, match="--resume_from_checkpoint checkpoint-9 is no checkpoint"):
         resume("checkpoint-9")

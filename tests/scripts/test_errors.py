@@ -216,10 +216,12 @@ def test_compiling_is_refused(early, monkeypatch):
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @with_every
 def test_results_are_not_overwritten(each, mode):
-    """Neither those of a run that has a checkpoint nor those of one that has none."""
+    """Those of a run that left no checkpoint: by a new run, or by one that would go on and has nothing to."""
     run = each(train_mode=mode, max_train_steps=1)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    refused(each, "holds the results of another run.*--resume_from_checkpoint latest", train_mode=mode, seed=1)
+    for options in (dict(seed=1), dict(resume_from_checkpoint="latest", max_train_steps=2)):
+        message = "holds the results of another run: it left no checkpoint: choose another folder"
+        refused(each, message, train_mode=mode, **options)
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 

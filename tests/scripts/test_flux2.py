@@ -219,7 +219,7 @@ def test_text_encoder_has_left_when_the_transformer_comes(train, monkeypatch):
     monkeypatch.setattr(script.LatentCache, "fill", lambda *a: moves.append("cached") or fill(*a))
     train(cache_latents=True, max_train_steps=1, validation_prompts=["a red circle"])
     first = moves.index(("Qwen3Model", "accelerator"))
-    left = moves.index(("Qwen3Model", "cpu"))
+    left = moves.index(("Qwen3Model", "meta"))
     came = moves.index(("Flux2Transformer2DModel", "accelerator"))
     assert first < moves.index("cached") < left < came
     assert ("Qwen3Model", "accelerator") not in moves[left:], "and it does not come back"
@@ -241,7 +241,8 @@ def test_model_card_carries_the_licence_of_the_base(train, flux2, tmp_path):
     assert card.data.license == "apache-2.0"
     assert {"text-to-image", "flux2", "sspo", "lora"} <= set(card.data.tags)
     assert "pipeline(prompt=" in card.text, "the first argument by place is a picture"
-    assert f"max_sequence_length={tiny.PROMPT_TOKENS})" in card.text, "as it was trained"
+    assert f"height=64, width=64, max_sequence_length={tiny.PROMPT_TOKENS})" in card.text, "as it was trained"
+    assert "pipeline.enable_model_cpu_offload()" in card.text, "its weights fill a card of 16 GB"
     card = ModelCard.load(train("512", max_sequence_length=512, max_train_steps=1).path / "README.md")
     assert "max_sequence_length" not in card.text.split("```")[1], "the pipeline's own"
 

@@ -72,3 +72,5 @@ def test_only_the_layers_that_are_named_get_adapters(trains, kind):
 def test_layers_that_are_not_there_are_one_line(each):
     with pytest.raises(each.script.UserError, match="--lora_layers to_x fits no layer"):
         each(lora_layers="to_x")
+    with pytest.raises(each.script.UserError, match="--lora_layers to_q,to_kk: to_kk fits no layer"):
+        each(lora_layers="to_q,to_kk")

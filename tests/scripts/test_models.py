@@ -73,7 +73,12 @@ SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
 @pytest.mark.parametrize(
     "file, changes, message",
     [
-        (UNET, dict(in_channels=9), "takes more than latents and a caption .an inpainting"),
+        (UNET, dict(in_channels=9), "takes more than latents and a caption .inpainting"),
+        (
+            UNET,
+            dict(class_embed_type="projection"),
+            "takes more than latents and a caption .inpainting, depth, unclip",
+        ),
         (UNET, dict(time_cond_proj_dim=256), "is distilled to few steps .LCM"),
         (SCHEDULER, dict(_class_name="LCMScheduler"), "is distilled to few steps .LCM"),
         (SCHEDULER, dict(_class_name="TCDScheduler"), "is distilled to few steps .LCM"),
@@ -111,6 +116,47 @@ def test_the_spacing_of_a_samplers_steps_is_no_reason_to_refuse(bases, tmp_path,
     changes = dict(timestep_spacing=spacing, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     model = without_weights(bases[kind], tmp_path / "other", SCHEDULER, **changes)
     refused(kind, "other cannot be loaded: .*(no file|safetensors)", model, bases["adapter"])  # it gets to the weights
+
+
+def sampler_of(kind, bases, directory, options=(), **changes):
+    """The rivals' sampler of a run on a base whose scheduler has these `changes`; None takes a line out."""
+    shutil.copytree(bases[kind], directory)
+    path = directory / SCHEDULER
+    lines = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in lines.items() if value is not None}))
+    words = dict(motion_adapter_name_or_path=bases["adapter"], num_frames=4) if kind == "video" else {}
+    args = SCRIPTS[kind].parse_args(flags(directory, "unused", "unused", **words, **dict(options)))
+    return SCRIPTS[kind].rollout_scheduler(SCRIPTS[kind].load_models(args, torch.float32), args)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("sampler", ["dpmsolver", "ddim"])
+def test_rivals_are_sampled_by_the_prediction_that_is_trained(bases, tmp_path, kind, sampler):
+    """Also where the base's own file says nothing of it, as that of Stable Diffusion 1.5."""
+    options = dict(prediction_type="v_prediction", rollout_scheduler=sampler)
+    made = sampler_of(kind, bases, tmp_path / "silent", options, _class_name="PNDMScheduler", prediction_type=None)
+    assert made.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("algorithm", ["deis", "dpmsolver", "sde-dpmsolver++"])
+def test_rivals_are_sampled_by_dpmsolver_whatever_solver_the_base_came_with(bases, tmp_path, kind, algorithm):
+    """deis would be refused by it, and sde- draws noise of its own, which no key tells."""
+    name = "DEISMultistepScheduler" if algorithm == "deis" else "DPMSolverMultistepScheduler"
+    made = sampler_of(kind, bases, tmp_path / "solver", _class_name=name, algorithm_type=algorithm)
+    assert made.config.algorithm_type == "dpmsolver++"
+
+
+@pytest.mark.parametrize("part", ["safety_checker", "feature_extractor"])
+def test_what_the_result_lacks_is_known_before_it_is_trained(sd, tmp_path, part):
+    """A whole pipeline has parts that no training needs. LoRA does without them."""
+    shutil.copytree(sd, tmp_path / "pruned")
+    index = tmp_path / "pruned" / "model_index.json"
+    classes = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    classes["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index.write_text(json.dumps({**json.loads(index.read_text()), part: classes[part]}))
+    refused("sd", "pruned cannot be loaded", tmp_path / "pruned", train_mode="full")
+    assert load("sd", tmp_path / "pruned").denoiser is not None
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

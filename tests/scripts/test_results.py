@@ -9,12 +9,13 @@ from diffusers import (
     AnimateDiffPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from helpers import keep_models, with_every
+from helpers import keep_models, with_every, with_shared_code
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -47,7 +48,8 @@ def by_the_card(run):
     """The pipeline that the lines of Python in a run's model card make."""
     code = (run.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
-    exec(code.replace(f'"{run.path.name}"', f'"{run.path}"'), names)
+    assert '.to("cuda")' in code
+    exec(code.replace(f'"{run.path.name}"', f'"{run.path}"').replace('.to("cuda")', ""), names)
     return names["pipeline"]
 
 
@@ -139,7 +141,10 @@ def test_full_run_trains_every_weight_of_the_denoiser_and_nothing_else(trains, k
 def test_prediction_type_is_kept_by_the_card(trains, kind, mode):
     """A base whose scheduler says it wrongly draws noise unless the result is told as the training was."""
     run = trains[kind](train_mode=mode, prediction_type="v_prediction", max_train_steps=1)
-    assert by_the_card(run).scheduler.config.prediction_type == "v_prediction"
+    scheduler = by_the_card(run).scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    other = EulerDiscreteScheduler.from_config(scheduler.config)
+    assert other.config.prediction_type == "v_prediction", "another sampler takes it over"
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -189,6 +194,26 @@ def test_tensorboard_gets_metrics_and_samples(trains, kind):
     suffix = "gif" if kind == "video" else "png"
     with Image.open(run.path / "samples" / f"step-4.{suffix}") as drawn:
         assert (samples[1].width, samples[1].height) == drawn.size
+
+
+@with_shared_code
+def test_a_tracker_without_pictures_gets_none(each, tmp_path):
+    """Of what --report_to all may find installed, MLflow and others log numbers alone."""
+    args = SimpleNamespace(output_dir=tmp_path, num_frames=1, height=64, width=64, fps=8)
+    picture = Image.new("RGB", (64, 64))
+    one = [picture] if each.script.SAMPLES == "gif" or hasattr(each.script, "STRIP") else picture
+    each.script.write_samples([[one]], args, 7, [SimpleNamespace(name="mlflow")])
+    assert list((tmp_path / "samples").glob("step-7.*"))
+
+
+@with_shared_code
+def test_cached_prompts_leave_no_text_encoder_behind(each, monkeypatch):
+    """Eight processes with Wan's would hold 85 GiB of memory that nobody reads again."""
+    kept = keep_models(monkeypatch, each.script)
+    each(cache_latents=True, max_train_steps=1, validation_prompts=PROMPTS[:1])
+    others = [module for module in kept[0].encoders if module is not kept[0].vae]
+    assert others and all(weight.device.type == "meta" for module in others for weight in module.parameters())
+    assert all(weight.device.type == "cpu" for weight in kept[0].vae.parameters())
 
 
 @with_every

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -216,7 +217,7 @@ def test_text_encoder_has_left_when_the_transformer_comes(train, monkeypatch):
     monkeypatch.setattr(script, "encode_image", lambda *a: moves.append("encoded") or encode(*a))
     train(cache_latents=True, max_train_steps=1, validation_prompts=["a red circle"])
     first = moves.index(("UMT5EncoderModel", "accelerator"))
-    left = moves.index(("UMT5EncoderModel", "cpu"))
+    left = moves.index(("UMT5EncoderModel", "meta"))
     came = moves.index(("WanTransformer3DModel", "accelerator"))
     assert first < left < moves.index("encoded") < came
     assert ("UMT5EncoderModel", "accelerator") not in moves[left:], "and it does not come back"
@@ -279,13 +280,26 @@ def test_the_card_loads_the_result_and_writes_a_clip(train, wan, tmp_path, monke
     written, names = [], {}
     monkeypatch.setattr("diffusers.utils.export_to_video", lambda *a, **k: written.append((a, k)))
     monkeypatch.setattr(WanPipeline, "progress_bar", lambda self, total: contextlib.nullcontext(Bar()))
+    offloaded = []
+    monkeypatch.setattr(WanPipeline, "enable_model_cpu_offload", lambda self: offloaded.append(self))
     code = code.replace(f'"{run.path.name}"', f'"{run.path}"').replace("bfloat16", "float32")
     exec(code.replace("num_frames=5", "num_frames=5, num_inference_steps=2"), names)
     ((frames, path), more) = written[0]
     assert (len(frames), frames[0].shape, path, more) == (5, (32, 32, 3), "clip.mp4", {"fps": 16})
     scheduler = names["pipeline"].scheduler
     assert (scheduler.config.flow_shift, scheduler.config.use_flow_sigmas) == (7, True)
-    assert names["pipeline"].get_active_adapters() == ["default_0"]
+    assert names["pipeline"].get_active_adapters() == ["default_0"] and offloaded == [names["pipeline"]]
+
+
+def test_samples_of_many_prompts_are_made_to_fit_the_codec(tmp_path):
+    """21 clips of 832 pixels stand side by side in 17472, which no H.264 has."""
+    args = SimpleNamespace(output_dir=tmp_path, num_frames=1, height=16, width=832, fps=8)
+    clips = [[Image.new("RGB", (832, 16), color)] for color in ["red"] * 10 + ["blue"] * 11]
+    script.write_samples([clips, clips], args, 3, [])
+    with av.open(str(tmp_path / "samples" / "step-3.mp4")) as container:
+        frame = next(container.decode(video=0)).to_image()
+    assert frame.size == (16384, 30)
+    assert frame.getpixel((100, 15))[0] > 200 > 60 > frame.getpixel((16000, 15))[0]
 
 
 class Bar:
