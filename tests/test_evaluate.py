@@ -5,9 +5,11 @@ import html
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import datasets
@@ -17,6 +19,7 @@ import scipy.linalg
 import scipy.stats
 import tiny
 import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from helpers import EVERY, ROOT, WAN, flags, newcomer, notices, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -133,6 +136,28 @@ def test_pictures_drawn_otherwise_are_not_mixed(run, sd, sd_v, tmp_path):
     assert before.keys() == drawn(tmp_path / "evaluation").keys()
 
 
+def test_clips_of_another_flow_shift_or_negative_prompt_are_not_mixed(wan, tmp_path):
+    words = ["--base", wan, "--prompts", "x", "--output_dir", str(tmp_path)]
+
+    def check(*more):
+        args = evaluate.parse_args([*words, *more])
+        evaluate.check_settings([evaluate.find_base(args)], args)
+
+    check("--flow_shift", "8", "--negative_prompt", "still")
+    (tmp_path / "images").mkdir()
+    check("--flow_shift", "8", "--negative_prompt", "still")
+    with pytest.raises(evaluate.UserError, match="--flow_shift 8.0, not 3.0"):
+        check("--flow_shift", "3", "--negative_prompt", "still")
+    with pytest.raises(evaluate.UserError, match="--negative_prompt still, not None"):
+        check("--flow_shift", "8")
+    kept = json.loads((tmp_path / "pictures.json").read_text())
+    del kept["settings"]["flow_shift"], kept["settings"]["negative_prompt"]  # drawn before there were such flags
+    (tmp_path / "pictures.json").write_text(json.dumps(kept))
+    with pytest.raises(evaluate.UserError, match="--flow_shift None, not 8.0"):
+        check("--flow_shift", "8")
+    check()
+
+
 MADE = {
     "lora": ["", "checkpoint-4", "replay/iteration-2.safetensors", "pytorch_lora_weights.safetensors"],
     "full": ["", "checkpoint-4", "replay/iteration-2.safetensors"],
@@ -157,7 +182,7 @@ def trained(tmp_path_factory, sd, sdxl, motion, flux2, wan, winners):
             if kind in ("video", "wan"):
                 data = tiny.folder_of_clips(tmp_path_factory.mktemp("data") / "clips", count=2, length=5)
             if kind == "wan":
-                options.update(WAN, frame_stride=1)
+                options.update(WAN, frame_stride=1, flow_shift=8, negative_prompt="still")
             if kind == "video":
                 options.update(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=1)
             if kind == "flux2":
@@ -178,6 +203,7 @@ def test_each_kind_of_model_draws_what_the_run_itself_showed(trained, kind, mode
     words += ["--num_frames", frames] if frames else []
     words += ["--motion_adapter_name_or_path", adapter] if adapter else []
     words += ["--max_sequence_length", 32] if kind == "flux2" else []
+    words += ["--flow_shift", 8, "--negative_prompt", "still"] if kind == "wan" else []
     args = evaluate.parse_args(list(map(str, words)))
     models = [evaluate.find_base(args)]
     paths = [path for path in MADE[mode] if path != "pytorch_lora_weights.safetensors" or kind == "sd"]
@@ -237,15 +263,125 @@ def test_defaults_are_those_of_the_base(flux2, sd, wan, wan_large):
         args = evaluate.parse_args(["--base", base, "--prompts", "x"])
         evaluate.find_base(args)
         assert (args.height, args.width, args.num_frames, args.fps, args.clips) == (480, 832, 33, fps, True)
-        assert (args.guidance_scale, args.scheduler, args.frame_stride) == (5.0, None, 1)
+        assert (args.guidance_scale, args.scheduler, args.frame_stride, args.batch_size) == (5.0, None, None, 1)
     args = evaluate.parse_args(["--base", flux2, "--prompts", "x"])
     evaluate.find_base(args)
     assert (args.height, args.width, args.guidance_scale, args.scheduler) == (1024, 1024, 4.0, None)
     args = evaluate.parse_args(["--base", sd, "--prompts", "x"])
     evaluate.find_base(args)
-    assert (args.guidance_scale, args.scheduler) == (7.5, "dpmsolver")
-    with pytest.raises(evaluate.UserError, match="--max_sequence_length is for FLUX.2 only"):
-        evaluate.find_base(evaluate.parse_args(["--base", sd, "--prompts", "x", "--max_sequence_length", "8"]))
+    assert (args.guidance_scale, args.scheduler, args.batch_size) == (7.5, "dpmsolver", 8)
+    for flag, family in {"max_sequence_length": "FLUX.2", "flow_shift": "Wan", "negative_prompt": "Wan"}.items():
+        with pytest.raises(evaluate.UserError, match=f"--{flag} is for {family} only"):
+            evaluate.find_base(evaluate.parse_args(["--base", sd, "--prompts", "x", f"--{flag}", "8"]))
+
+
+def changed(base, part, folder, **values):
+    """A copy of a base, in `folder`, whose configuration of a part has other values; None takes one out."""
+    shutil.copytree(base, folder)
+    file = Path(folder, part)
+    config = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return str(folder)
+
+
+def test_configurations_that_lack_something(wan, sd, tmp_path):
+    """Those of Wan 2.1 on the hub are older than scale_factor_spatial. Without what is needed it ends in one line."""
+    old = dict(scale_factor_spatial=None, scale_factor_temporal=None, temperal_downsample=None)
+    base = changed(wan, "vae/config.json", tmp_path / "wan", **old)
+    args = evaluate.parse_args(["--base", base, "--prompts", "x", "--height", "48", "--width", "32"])
+    model = evaluate.find_base(args)
+    pipeline = evaluate.load_pipeline(model, args, "cpu")
+    assert evaluate.noise_shape(pipeline, args) == (4, 9, 6, 4)
+    for part, name in {"vae/config.json": "block_out_channels", "model_index.json": "_class_name"}.items():
+        base = changed(sd, part, tmp_path / name, **{name: None})
+        with pytest.raises(evaluate.UserError, match=f"--base .* cannot be used: .*{name}"):
+            evaluate.find_base(evaluate.parse_args(["--base", base, "--prompts", "x"]))
+
+
+def test_the_sampler_is_the_one_that_the_flags_name():
+    """Whatever the base's own sampler is, and whether or not its configuration tells what the model predicts."""
+    own = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    for motion in ([], ["--motion_adapter_name_or_path", "x"]):
+        for kind in ("dpmsolver", "ddim"):
+            words = ["--base", "x", "--prompts", "x", "--scheduler", kind, *motion]
+            args = evaluate.parse_args([*words, "--prediction_type", "v_prediction"])
+            assert evaluate.make_scheduler(DDPMScheduler(), args).config.prediction_type == "v_prediction"
+            args = evaluate.parse_args(words)
+            assert evaluate.make_scheduler(DDPMScheduler(), args).config.prediction_type == "epsilon"
+            told = DDPMScheduler(prediction_type="v_prediction")
+            assert evaluate.make_scheduler(told, args).config.prediction_type == "v_prediction"
+            if kind == "dpmsolver":
+                assert evaluate.make_scheduler(own, args).config.algorithm_type == "dpmsolver++"
+
+
+@pytest.mark.parametrize("kind", ["video", "wan"])
+def test_a_vae_that_is_given_draws_the_clips(motion, wan, kind, tmp_path):
+    """Wan's in fp32, as its own."""
+    base, adapter = motion if kind == "video" else (wan, None)
+    vae = evaluate.AutoModel.from_pretrained(base, subfolder="vae")
+    with torch.no_grad():
+        next(vae.decoder.parameters()).add_(1)
+    vae.save_pretrained(tmp_path / "vae")
+    words = ["--base", base, "--prompts", "x", "--pretrained_vae_model_name_or_path", tmp_path / "vae"]
+    words += ["--motion_adapter_name_or_path", adapter] if adapter else ["--dtype", "bf16"]
+    args = evaluate.parse_args(list(map(str, words)))
+    pipeline = evaluate.load_pipeline(evaluate.find_base(args), args, "cpu")
+    loaded = dict(pipeline.vae.state_dict())
+    assert all(torch.equal(weight, loaded[name]) for name, weight in vae.state_dict().items())
+    assert loaded[next(iter(loaded))].dtype == torch.float32
+
+
+# ---- memory ----
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """
+    A list of references to the transformers of pipelines whose parts are told to take turns on the GPU. The CPU takes
+    its place: load_pipeline may be told "cuda" here.
+    """
+    told, offload = [], DiffusionPipeline.enable_model_cpu_offload
+
+    def on_the_cpu(pipeline, device=None):
+        told.append(weakref.ref(pipeline.transformer))
+        offload(pipeline, device="cpu")
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", on_the_cpu)
+    return told
+
+
+@pytest.mark.parametrize("kind", ["flux2", "wan"])
+def test_on_a_gpu_the_parts_of_large_models_take_turns(request, offloaded, kind, tmp_path):
+    """They draw the same pictures, the VAE takes them one by one, and nothing is left for the next model to find."""
+    base = request.getfixturevalue(kind)
+    words = ["--base", base, "--prompts", "x", "--height", "32", "--width", "32", "--num_inference_steps", "2"]
+    words += ["--num_frames", "5"] if kind == "wan" else ["--max_sequence_length", "8"]
+    args = evaluate.parse_args([*words, "--dtype", "fp32"])
+    model = evaluate.find_base(args)
+    samples, folders = evaluate.make_samples(PROMPTS, args), []
+    for device in ("cpu", "cuda"):
+        args.output_dir = str(tmp_path / device)
+        evaluate.draw_missing(model, samples, args, torch.device(device))
+        folders.append(tmp_path / device / "images" / "base")
+        assert len(offloaded) >= (device == "cuda")
+        assert all(transformer() is None for transformer in offloaded), "freed"
+    for sample in samples:
+        one, other = (flat([evaluate.read_picture(folder / sample.file, args)]) for folder in folders)
+        assert tiny.difference(one, other) == 0
+    assert evaluate.load_pipeline(model, args, "cpu").vae.use_slicing
+
+
+def test_full_memory_ends_in_one_line(sd, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", full)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["--base", sd, "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    with pytest.raises(SystemExit, match="evaluate.py: out of memory: lower --batch_size") as error:
+        runpy.run_path(str(HERE / "evaluate.py"), run_name="__main__")
+    assert "\n" not in str(error.value)
 
 
 def test_a_replay_entry_tells_its_alpha_or_asks_for_it(trained, tmp_path):
@@ -571,9 +707,74 @@ def test_the_emoji_scorer_serves(tmp_path):
 def test_a_clip_is_read_as_it_was_written(tmp_path):
     frames = tiny.moving_frames(PROMPTS[0], count=5)
     frames[2] = frames[3] = frames[1]  # encoders make one long frame of these
+    args = argparse.Namespace(fps=24, num_frames=5)
     evaluate.write_picture(frames, tmp_path / "clip.webp", fps=24)
-    read = evaluate.read_picture(tmp_path / "clip.webp", fps=24)
+    read = evaluate.read_picture(tmp_path / "clip.webp", args)
     assert len(read) == 5 and tiny.difference(flat(read), flat(frames)) == 0
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_clip_that_does_not_move_is_read_as_it_was_written(tmp_path, count):
+    """Encoders make a still of it, which says nothing of time."""
+    frames = [tiny.picture(PROMPTS[0])] * count
+    args = argparse.Namespace(fps=24, num_frames=count)
+    evaluate.write_picture(frames, tmp_path / "clip.webp", fps=24)
+    read = evaluate.read_picture(tmp_path / "clip.webp", args)
+    assert len(read) == count and tiny.difference(flat(read), flat(frames)) == 0
+
+
+def references(base, folder, *words):
+    """The real clips in `folder`, as clips of `base` are held against them."""
+    args = ["--base", base, "--prompts", "x", "--reference_dir", str(folder), "--height", "32", "--width", "32"]
+    args = evaluate.parse_args([*args, *words])
+    evaluate.find_base(args)
+    return evaluate.load_references(args)
+
+
+@pytest.fixture
+def real(tmp_path):
+    """real(frames) is a folder with a real clip of them, 8 a second, of the first prompt."""
+
+    def write(frames):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.mp4", "text": PROMPTS[0]}))
+        tiny.write_clip(tmp_path / "0.mp4", frames)
+        return tmp_path
+
+    return write
+
+
+def test_real_clips_are_read_at_the_rate_of_the_model(real, wan):
+    """As train_sspo_wan.py reads winners, but from the first frame on."""
+    folder = real([Image.new("RGB", (64, 64), (5 + 8 * i,) * 3) for i in range(12)])
+
+    def taken(*words):
+        clip = references(wan, folder, "--num_frames", "5", *words).first(PROMPTS[0])
+        return [round((grey - 5) / 8) for grey in (clip.mean((1, 2, 3)) * 255).tolist()]
+
+    assert taken("--fps", "16") == [0, 1, 1, 2, 2]
+    assert taken("--fps", "4") == [0, 2, 4, 6, 8]
+    assert taken("--fps", "4", "--frame_stride", "1") == [0, 1, 2, 3, 4]
+    assert taken("--frame_stride", "0") == [0, 3, 6, 8, 11]
+    with pytest.raises(
+        evaluate.UserError, match="12 frames of 8 a second, and 5 at --fps 2 need 17; lower --num_frames"
+    ):
+        taken("--fps", "2")
+    with pytest.raises(evaluate.UserError, match="12 frames, and 5 at --frame_stride 4 need 17; lower --frame_stride"):
+        taken("--frame_stride", "4")
+
+
+def test_a_real_clip_filmed_upright_is_turned(real, wan):
+    """A telephone writes the frames lying, and a matrix into the track's header that turns them by 90 degrees."""
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (32, 0, 64, 32))  # the top right corner, which belongs to the bottom right
+    folder = real([picture] * 5)
+    content = bytearray((folder / "0.mp4").read_bytes())
+    start = content.index(b"tkhd") + 4 + 40
+    turn = [0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30]
+    content[start : start + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
+    (folder / "0.mp4").write_bytes(content)
+    clip = references(wan, folder, "--num_frames", "5", "--frame_stride", "1").first(PROMPTS[0])
+    assert clip[0, 0, 28, 28] > 0.8 > 0.2 > clip[0, 0, 4, 28]
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +799,7 @@ def test_clips_are_scored_frame_by_frame_and_against_real_ones(evaluated_clips):
     args, found = evaluated_clips
     references = evaluate.load_references(args)
     for sample in found["samples"]:
-        frames = evaluate.read_picture(Path(args.output_dir, sample["file"]), args.fps)
+        frames = evaluate.read_picture(Path(args.output_dir, sample["file"]), args)
         assert len(frames) == 4
         assert sample["scores"]["redness"] == np.mean([frame.getpixel((0, 0))[0] for frame in frames])
         error = np.mean((flat(frames) / 255 - references.first(sample["prompt"]).permute(0, 2, 3, 1).numpy()) ** 2)
@@ -616,9 +817,7 @@ def test_fvd_is_the_frechet_distance_of_the_features(evaluated_clips):
     mean, covariance = moments(evaluate.load_references(args).everything())
     for name, value in found["fvd"].items():
         files = [Path(args.output_dir, s["file"]) for s in found["samples"] if s["model"] == name]
-        mean_2, covariance_2 = moments(
-            [clip_measures.to_tensor(evaluate.read_picture(file, args.fps)) for file in files]
-        )
+        mean_2, covariance_2 = moments([clip_measures.to_tensor(evaluate.read_picture(file, args)) for file in files])
         root = scipy.linalg.sqrtm(covariance @ covariance_2).real
         expected = np.sum((mean - mean_2) ** 2) + np.trace(covariance + covariance_2 - 2 * root)
         assert value == pytest.approx(expected, rel=1e-3)

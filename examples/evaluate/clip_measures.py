@@ -24,20 +24,29 @@ def to_tensor(frames):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
+# Copied from train_sspo_video.upright
+def upright(frame):
+    """A decoded frame as a PIL picture, turned as the camera noted it."""
+    picture = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
 class References:
     """
     The real clips in a folder with metadata.jsonl or metadata.csv; `paths` are those of each caption.
 
     Args:
         folder: with the clips.
-        frames, stride, height, width: how the models' clips are drawn. With stride 0 the frames are spread over the
-            whole clip.
+        frames, fps, height, width: how the models' clips are drawn.
+        stride: every so many-th frame of a file is taken; 0 spreads them over the whole clip. With None those are
+            taken that are nearest to `fps` a second, by the file's own rate.
     Raises:
         UserError: if the folder has no metadata, or they lack a column.
     """
 
-    def __init__(self, folder, frames, stride, height, width):
-        self.folder, self.frames, self.stride, self.size = Path(folder), frames, stride, (width, height)
+    def __init__(self, folder, frames, fps, stride, height, width):
+        self.folder, self.frames, self.fps, self.stride = Path(folder), frames, fps, stride
+        self.size = (width, height)
         self.paths = {}
         table = next(self.folder.glob("metadata.jsonl"), self.folder / "metadata.csv")
         if not table.is_file():
@@ -50,20 +59,28 @@ class References:
 
     def clip(self, path):
         """A real clip as the models draw theirs. Raises UserError if it cannot be read, or is too short."""
-        count, stride = self.frames, self.stride
         try:
             with av.open(str(path)) as container:
-                frames = [frame.to_image() for frame in container.decode(video=0)]
+                track = container.streams.video[0]
+                decoded = list(container.decode(track))
+                chosen = self.choose(len(decoded), track.average_rate or track.guessed_rate)
+                frames = [upright(decoded[i]) for i in chosen]
         except Exception as error:  # PyAV's errors are OSError, ValueError, LookupError, ...
-            raise UserError(f"the real clip {path} cannot be read ({one_line(error)}): repair or remove it") from error
-        if not stride and len(frames) >= count:
-            frames = [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
-        frames = frames[:: stride or 1][:count]
-        if len(frames) < count:
-            raise UserError(
-                f"the real clip {path} has too few frames for {count} at --frame_stride {stride}: lower it"
-            )
+            raise UserError(f"the real clip {path} cannot be used: {one_line(error)}") from error
         return to_tensor([ImageOps.fit(frame, self.size, Image.Resampling.LANCZOS) for frame in frames])
+
+    def choose(self, count, rate):
+        """Which frames of a file of `count`, `rate` a second, are taken. Raises ValueError if it has too few."""
+        frames, stride, of, how = self.frames, self.stride, "", f"--frame_stride {self.stride}"
+        if stride is None:
+            if not rate:
+                raise ValueError("it does not tell its frames a second: give --frame_stride")
+            stride, of, how = rate / self.fps, f" of {float(rate):g} a second", f"--fps {self.fps}"
+        places = [int(i * (stride or 1) + 0.5) for i in range(frames)]
+        if count <= places[-1]:
+            advice = "--frame_stride (0 spreads them over the whole clip)" if self.stride else "--num_frames"
+            raise ValueError(f"it has {count} frames{of}, and {frames} at {how} need {places[-1] + 1}; lower {advice}")
+        return places if stride else [round(i * (count - 1) / max(frames - 1, 1)) for i in range(frames)]
 
     def first(self, prompt):
         """The first real clip of a caption. Raises UserError if there is none."""

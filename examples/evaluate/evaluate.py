@@ -57,18 +57,22 @@ Scorers (--scorer NAME[=WEIGHTS], see scorers.py), higher is better unless said 
                      one of your own: function(pictures, prompts) is given two lists, PIL pictures and texts, and
                      returns a number for each picture, or a dict of such lists
 
-For clips also, against real ones (--reference_dir, a folder of clips with metadata.jsonl or metadata.csv; see
-clip_measures.py):
+For clips also, against real ones (--reference_dir, a folder of clips with metadata.jsonl or metadata.csv; their frames
+are taken as the training scripts take a winner's, from the first one on; see clip_measures.py):
 
     ssim, psnr, lpips  a clip against the real clip of the same caption (torchmetrics; lpips, lower is better, needs
                        torchvision too)
     fvd=NETWORK        Frechet distance of all clips to all real ones, lower is better, in the feature space of a
                        TorchScript file or a module:function that takes (clips, 3, frames, height, width) in 0..255 and
                        gives (clips, features). It means something only with many more clips than features
+
+On a GPU, the parts of FLUX.2 and Wan take turns and wait for theirs in the machine's memory, so that only the largest
+has to fit; other pipelines are there as a whole. Where the GPU's memory does not suffice, lower --batch_size.
 """
 
 # ruff: noqa: E402
 import argparse
+import gc
 import hashlib
 import io
 import itertools
@@ -161,10 +165,11 @@ def draw(pipeline, prompts, noise, args):
         width=args.width,
         output_type="pil",
     )
-    if args.max_sequence_length is not None:
-        options["max_sequence_length"] = args.max_sequence_length
+    for name in ("max_sequence_length", "negative_prompt"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     wan = isinstance(pipeline, WanPipeline)  # which keeps fp32 between two steps
-    noise = noise.to(pipeline.device, torch.float32 if wan else denoiser_of(pipeline).dtype)
+    noise = noise.to(torch.float32 if wan else denoiser_of(pipeline).dtype)
     if not args.clips:
         return pipeline(prompt=prompts, latents=noise, **options).images
     return pipeline(prompt=prompts, latents=noise, num_frames=args.num_frames, **options).frames
@@ -175,7 +180,7 @@ def score_samples(scorer, folder, samples, args):
     scores, batch_size = {}, args.batch_size
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        pictures = [read_picture(folder / sample.file, args.fps) for sample in batch]
+        pictures = [read_picture(folder / sample.file, args) for sample in batch]
         clips = [picture if isinstance(picture, list) else [picture] for picture in pictures]
         frames = list(itertools.chain(*clips))
         prompts = [sample.prompt for sample, clip in zip(batch, clips) for _ in clip]
@@ -326,8 +331,8 @@ def parse_args(argv=None):
     group.add_argument("--max_prompts", type=count, help="Use only the first so many different prompts.")
 
     group = parser.add_argument_group("pictures")
-    group.add_argument("--images_per_prompt", type=count, default=1, help="Pictures of each prompt, a model.")
-    group.add_argument("--seed", type=int, default=0, help="Of the pictures' noise, and of the bootstrap.")
+    group.add_argument("--images_per_prompt", type=count, default=1, help="Pictures per prompt and model.")
+    group.add_argument("--seed", type=int, default=0, help="Seed of the pictures' noise and of the bootstrap.")
     group.add_argument("--num_inference_steps", type=count, default=20, help="Sampler steps.")
     group.add_argument(
         "--guidance_scale",
@@ -339,6 +344,12 @@ def parse_args(argv=None):
         choices=["dpmsolver", "ddim"],
         help="The sampler. Default: dpmsolver; FLUX.2 and Wan have their own only.",
     )
+    group.add_argument(
+        "--flow_shift",
+        type=positive(float),
+        help="Shift of the sampler's sigmas, of Wan only. Default: the model's own, Wan 2.1 3, Wan 2.2 5B 5.",
+    )
+    group.add_argument("--negative_prompt", help="What guidance leads away from, of Wan only. Default: nothing.")
     sides = "in pixels. Default: the base's own; clips 256; Wan 480 x 832."
     group.add_argument("--height", type=side, help=f"Height, {sides}")
     group.add_argument("--width", type=side, help=f"Width, {sides}")
@@ -352,7 +363,9 @@ def parse_args(argv=None):
         choices=["fp32", "fp16", "bf16"],
         help="Precision of the models. Default: fp16 on CUDA, of FLUX.2 and Wan bf16; else fp32.",
     )
-    group.add_argument("--batch_size", type=count, default=8, help="Pictures drawn, and scored, at once.")
+    group.add_argument(
+        "--batch_size", type=count, help="Pictures or clips drawn, and scored, at once. Default: 8; Wan 1."
+    )
 
     group = parser.add_argument_group("scores")
     group.add_argument(
@@ -366,7 +379,7 @@ def parse_args(argv=None):
         "--frame_stride",
         type=int,
         help="Of a real clip, every so many-th frame is taken. 0: as many as are needed, spread over the whole clip. "
-        "Default: 4; Wan 1.",
+        "Default: 4; of Wan those that it would show at --fps, by the file's own rate.",
     )
     group.add_argument("--bootstrap_samples", type=count, default=10_000, help="Resamples behind an interval.")
 
@@ -632,7 +645,10 @@ def find_base(args):
         if index.get("boundary_ratio") is not None:
             raise ValueError("it has two transformers, as Wan 2.2 A14B, of which one would be compared")
         vae = AutoencoderKL.load_config(args.base, subfolder="vae", **source)
-        scale = vae.get("scale_factor_spatial") or 2 ** (len(vae["block_out_channels"]) - 1)
+        if family == "Wan":
+            scale = vae.get("scale_factor_spatial", 8)  # Wan 2.1's configuration is older than that
+        else:
+            scale = 2 ** (len(vae["block_out_channels"]) - 1)
         size = {"Wan": (480, 832), "FLUX.2": (128 * scale, 128 * scale)}.get(family, (256, 256))
         if family not in ("Wan", "FLUX.2") and motion is None:
             size = [scale * UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)["sample_size"]] * 2
@@ -641,14 +657,17 @@ def find_base(args):
             longest = MotionAdapter.load_config(motion, cache_dir=args.cache_dir).get("motion_max_seq_length", 32)
             if (args.num_frames or 16) > longest:
                 raise ValueError(f"it takes {longest} frames at most: lower --num_frames {args.num_frames or 16}")
+    except KeyError as error:
+        raise UserError(f"{reading} cannot be used: a configuration of it has no {error}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{reading} cannot be used: {one_line(error)}") from error
     flow, args.clips = family in ("Wan", "FLUX.2"), family == "Wan" or motion is not None
     args.height, args.width = args.height or size[0], args.width or size[1]
     args.num_frames = args.num_frames or (33 if family == "Wan" else 16)
     args.fps = args.fps or (8 if family != "Wan" else 24 if index.get("expand_timesteps") else 16)
-    if args.frame_stride is None:
-        args.frame_stride = 1 if family == "Wan" else 4
+    if args.frame_stride is None and family != "Wan":
+        args.frame_stride = 4
+    args.batch_size = args.batch_size or (1 if family == "Wan" else 8)
     if args.guidance_scale is None:
         args.guidance_scale = 8.0 if motion is not None else {"SDXL": 5.0, "FLUX.2": 4.0, "Wan": 5.0}.get(family, 7.5)
     args.scheduler = args.scheduler or (None if flow else "dpmsolver")
@@ -674,8 +693,9 @@ def check_family(args, scale, family):
         )
     if family == "Wan" and args.num_frames % 4 != 1:
         raise UserError(f"--num_frames must be 4k + 1 for Wan, such as 33 or 81, not {args.num_frames}")
-    if family != "FLUX.2" and args.max_sequence_length is not None:
-        raise UserError("--max_sequence_length is for FLUX.2 only: drop it")
+    for name, only in {"max_sequence_length": "FLUX.2", "flow_shift": "Wan", "negative_prompt": "Wan"}.items():
+        if family != only and getattr(args, name) is not None:
+            raise UserError(f"--{name} is for {only} only: drop it")
     for spec in args.scorers:
         if spec.name in AGAINST_REFERENCE and not args.clips:
             raise UserError(f"--scorer {spec.name} compares clips with real ones, and these models draw pictures")
@@ -688,7 +708,7 @@ def denoiser_of(pipeline):
 
 def load_pipeline(model, args, device):
     """
-    The pipeline that draws with `model`, on `device` and with --scheduler.
+    The pipeline that draws with `model`, on `device` and with --scheduler or --flow_shift.
 
     Raises:
         UserError: naming the model that cannot be loaded.
@@ -709,13 +729,22 @@ def load_pipeline(model, args, device):
         raise UserError(f"model {model.name}: {model.path} cannot be loaded: {one_line(error)}") from error
     if args.scheduler is not None:
         pipeline.scheduler = make_scheduler(pipeline.scheduler, args)
+    if args.flow_shift is not None:
+        shift = dict(flow_shift=args.flow_shift, shift=args.flow_shift)  # UniPC's name for it, and Euler's
+        pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, **shift)
     pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline.vae, "use_slicing"):
+        pipeline.vae.enable_slicing()  # a batch would need more memory than all else
     if isinstance(pipeline, WanPipeline):  # parts of it stay in fp32, but not what an adapter adds
         for module in pipeline.transformer.modules():
             if isinstance(module, BaseTunerLayer):
                 module.to(dtype)
-        return pipeline.to(device)
-    return pipeline.to(device, dtype)
+    else:
+        pipeline.to(dtype)
+    if torch.device(device).type == "cuda" and hasattr(pipeline, "transformer"):  # FLUX.2 or Wan
+        pipeline.enable_model_cpu_offload(device=device)
+        return pipeline
+    return pipeline.to(device)
 
 
 def picture_pipeline(model, args, dtype):
@@ -724,10 +753,6 @@ def picture_pipeline(model, args, dtype):
     if model.kind == "denoiser":
         denoiser = AutoModel.from_pretrained(model.path, subfolder=model.subfolder, **options)
         options["unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"] = denoiser
-    if args.pretrained_vae_model_name_or_path is not None:
-        options["vae"] = AutoModel.from_pretrained(
-            args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=dtype
-        )
     path = args.base
     if model.kind == "pipeline":
         path = model.path
@@ -739,9 +764,10 @@ def picture_pipeline(model, args, dtype):
     if "XL" in index["_class_name"]:
         options["add_watermarker"] = False
     if index["_class_name"] == "WanPipeline":
+        options |= given_vae(args, torch.float32)
         options["dtype"] = {"vae": torch.float32, "default": dtype}  # its VAE was trained in fp32
         return WanPipeline.from_pretrained(path, **options)  # DiffusionPipeline would drop a transformer that is given
-    return DiffusionPipeline.from_pretrained(path, **options)
+    return DiffusionPipeline.from_pretrained(path, **options, **given_vae(args, dtype))
 
 
 def clip_pipeline(model, args, dtype):
@@ -750,7 +776,13 @@ def clip_pipeline(model, args, dtype):
     adapter = model.path if model.kind == "adapter" else args.motion_adapter_name_or_path
     adapter = MotionAdapter.from_pretrained(adapter, subfolder=model.subfolder, **options)
     options.update(revision=args.revision, variant=args.variant)
-    return AnimateDiffPipeline.from_pretrained(args.base, motion_adapter=adapter, **options)
+    return AnimateDiffPipeline.from_pretrained(args.base, motion_adapter=adapter, **options, **given_vae(args, dtype))
+
+
+def given_vae(args, dtype):
+    """The VAE of --pretrained_vae_model_name_or_path, as an option of from_pretrained; {} if there is none."""
+    path = args.pretrained_vae_model_name_or_path
+    return {} if path is None else {"vae": AutoModel.from_pretrained(path, cache_dir=args.cache_dir, dtype=dtype)}
 
 
 def make_scheduler(scheduler, args):
@@ -758,10 +790,12 @@ def make_scheduler(scheduler, args):
     config = dict(scheduler.config)
     if args.motion_adapter_name_or_path is not None:
         config = dict(DDPMScheduler(**NOISE_SCHEDULE, prediction_type=config.get("prediction_type", "epsilon")).config)
-    if args.prediction_type is not None:
-        config["prediction_type"] = args.prediction_type
-    kind = {"dpmsolver": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}[args.scheduler]
-    return kind.from_config(config, clip_sample=False)  # ddim's default is for pixels
+    # By name: in `config` it would be lost where the base's own configuration does not tell it.
+    told = {} if args.prediction_type is None else dict(prediction_type=args.prediction_type)
+    if args.scheduler == "ddim":
+        return DDIMScheduler.from_config(config, clip_sample=False, **told)  # its default is for pixels
+    # A base that came with a solver has the solver's kind in its configuration, and some draw noise of their own.
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", **told)
 
 
 def load_weights(pipeline, path, args):
@@ -843,6 +877,9 @@ def draw_missing(model, samples, args, device):
                 for sample, picture in zip(batch, drawn):
                     write_picture(picture, folder / sample.file, args.fps)
                 progress.update(len(batch))
+        del pipeline  # and its memory, before the next is loaded: hooks and modules hold each other
+        gc.collect()
+        torch.cuda.empty_cache()
     lines = [json.dumps({"file_name": sample.file, "text": sample.prompt}) for sample in samples]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -858,23 +895,25 @@ def write_picture(picture, path, fps):
     os.replace(partial, path)
 
 
-def read_picture(path, fps):
+def read_picture(path, args):
     """What write_picture wrote: a picture, or for a clip the list of its frames."""
     with Image.open(path) as image:
         if path.suffix == ".png":
             return image.convert("RGB")
+        if not image.is_animated:  # its frames are all the same, and the encoder made a still of them
+            return [image.convert("RGB")] * args.num_frames
         frames = []
         for frame in ImageSequence.Iterator(image):
             picture = frame.convert("RGB")
             # The encoder writes a frame that repeats its predecessor as a longer predecessor.
-            frames += [picture] * round(frame.info["duration"] / (1000 // fps))
+            frames += [picture] * round(frame.info["duration"] / (1000 // args.fps))
         return frames
 
 
 # What pictures depend on, beside the weights: those drawn otherwise must not be mixed with them.
 PICTURE_SETTINGS = (
-    "seed num_inference_steps guidance_scale scheduler height width num_frames dtype prediction_type lora_alpha "
-    "variant revision pretrained_vae_model_name_or_path max_sequence_length fps"
+    "seed num_inference_steps guidance_scale scheduler flow_shift negative_prompt height width num_frames dtype "
+    "prediction_type lora_alpha variant revision pretrained_vae_model_name_or_path max_sequence_length fps"
 ).split()
 
 
@@ -895,7 +934,8 @@ def check_settings(models, args):
             )
         before = json.loads(path.read_text())
         for name, value in settings.items():
-            drawn = before["settings"].get(name, value)  # an older evaluation had no such flag
+            # An older evaluation may have had no such flag, or had --fps without keeping it.
+            drawn = before["settings"].get(name, value if name == "fps" else None)
             if drawn != value:
                 raise UserError(
                     f"{folder} has pictures that were drawn with --{name} {drawn}, not {value}: draw these in another "
@@ -959,7 +999,7 @@ PAGE_DATA = '<script type="application/json" id="data">'
 
 def data_uri(path, args):
     """A picture as JPEG or a clip as WebP, no larger than --page_resolution, inside a URI."""
-    picture, buffer, resolution = read_picture(path, args.fps), io.BytesIO(), args.page_resolution
+    picture, buffer, resolution = read_picture(path, args), io.BytesIO(), args.page_resolution
     frames = picture if isinstance(picture, list) else [picture]
     for frame in frames:
         frame.thumbnail((resolution, resolution), Image.Resampling.LANCZOS)
@@ -1053,12 +1093,12 @@ def score_models(models, samples, args, device):
 
 def load_references(args):
     """The real clips of --reference_dir, to be read as the models draw theirs."""
-    return References(args.reference_dir, args.num_frames, args.frame_stride, args.height, args.width)
+    return References(args.reference_dir, args.num_frames, args.fps, args.frame_stride, args.height, args.width)
 
 
 def read_clips(folder, samples, args):
     """The clips of `samples` as tensors, one after the other."""
-    return (to_tensor(read_picture(folder / sample.file, args.fps)) for sample in samples)
+    return (to_tensor(read_picture(folder / sample.file, args)) for sample in samples)
 
 
 def check_scorers(args, prompts, device):
@@ -1137,3 +1177,5 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{Path(__file__).name}: out of memory: lower --batch_size or the size ({one_line(error)})")
