@@ -256,7 +256,8 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(second, "WORK", tmp_path / "work")
     monkeypatch.setattr(second, "DATA", tmp_path / "data")
     monkeypatch.setattr(second, "PER_CAPTION", 1)
-    monkeypatch.setattr(second, "PICTURES", {"tuning": {"aligned": 4}, "main": {"held out": 4}})
+    pictures = {"tuning": {"aligned": 4}, "main": {"held out": 4}, "finer": {"held out": 4}}
+    monkeypatch.setattr(second, "PICTURES", pictures)
     monkeypatch.setattr(second, "HELD_OUT", 1)
     monkeypatch.setattr(second, "real", lambda caption: measures.real_features(caption, 4))
     monkeypatch.setattr(second, "COMMON", second.COMMON | {"train_batch_size": 2, "lr_warmup_steps": 0})
@@ -288,6 +289,26 @@ def test_a_run_is_trained_measured_counted_and_collected(tiny):
     assert second.told(run)["captions"][1]["mmd"] == told["captions"][1]["mmd"], "from data/, so it does not run again"
     assert second.collect() == 2, "what is no more in work/ stays in data/"
     second.collected.cache_clear()
+
+
+def test_kept_weights_draw_once_more_in_more_steps(tiny, monkeypatch):
+    """The same model and noise as the main run, so that only the steps differ; nothing is trained."""
+    run = second.Run("T1", "first", "sft constant", 0, (("learning_rate", 1e-3),), ("end",), (1.0,))
+    monkeypatch.setattr(second, "main_run", lambda task, base, row, seed: run)
+    assert [*second.finer_runs()] == [], "no weights are kept yet"
+    second.carry_out(run)
+    (finer,) = {*second.finer_runs()}
+    monkeypatch.setattr(second, "train", None)
+    second.carry_out(finer)
+    main, again = (json.loads(one.result.read_text()) for one in (run, finer))
+    assert (again["stage"], again["flags"], again["start"]) == ("finer", {}, main["start"])
+    assert [line["model"] for line in again["captions"]] == ["end"]
+    assert again["captions"][0]["mmd"] != main["captions"][0]["mmd"]
+    pipeline = study.load_pipeline(study.BASES["first"], "cpu")
+    ((_, weights),) = second.models_of(finer, None, {})
+    pipeline.unet.load_state_dict(weights)
+    (measured,) = second.measure(pipeline, run, "end")
+    assert measured["mmd"] == pytest.approx(main["captions"][0]["mmd"], abs=0.02), "the main run's, in half precision"
 
 
 def test_weights_average_and_the_base_is_a_reference(tiny, tmp_path):
@@ -408,6 +429,8 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
     assert "beta_dpo 200, learning_rate 0.0001 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
+    (line,) = [line for line in second_report.finer_table("first").splitlines() if line.startswith("| unpaired | 1 ")]
+    assert line.split(" | ")[2] == "3" and float(line.split(" | ")[3]) == pytest.approx(0.25, abs=0.01)
     axes = second_report.plot_work().axes
     ends = {line.get_label(): line.get_ydata()[-1] for line in axes[0].get_lines()}
     assert ends["unpaired"] == pytest.approx(0.25, abs=0.005) and ends["sft constant"] > 0.29

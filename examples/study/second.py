@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -52,7 +52,12 @@ TUNING, SEEDS = (100, 101, 102), tuple(range(8))
 HELD_OUT = 12  # captions of a seed that no winner shows
 STEPS = 10  # of the sampler, for rivals and for pictures
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # those that the tuning tries
-PICTURES = {"tuning": {"held out": 8}, "main": {"held out": 24, "aligned": 12}}  # of a caption
+PICTURES = {
+    "tuning": {"held out": 8},
+    "main": {"held out": 24, "aligned": 12},
+    "finer": {"held out": 24},
+}  # of a caption
+FINER = 20  # steps, with which the first seeds' pictures are drawn once more
 PER_CAPTION = 100  # winners
 
 COMMON = {"resolution": 64, "train_mode": "full", "train_batch_size": 16}
@@ -124,8 +129,8 @@ class Run:
     """
     One training, or none, and the models that are measured after it.
 
-    `task` is start, T1 or T2; `settings` what the tuning varies; `guidances` those of the pictures; `share` that of
-    degraded winners.
+    `task` is start, T1 or T2; `settings` what the tuning varies; `guidances` and `steps` are of the pictures; `share`
+    is that of degraded winners.
     """
 
     task: str
@@ -136,16 +141,22 @@ class Run:
     models: tuple = ("end",)
     guidances: tuple = GUIDANCES
     share: float = 0.0
+    steps: int = STEPS
 
     @property
     def name(self):
         settings = [f"{name}={value:g}" for name, value in self.settings]
         share = [f"{self.share:g} degraded"] if self.share else []
-        return " ".join([self.task, self.base, self.row, *settings, *share, "seed", str(self.seed)])
+        steps = [f"{self.steps} steps"] if self.steps != STEPS else []
+        return " ".join([self.task, self.base, self.row, *settings, *share, "seed", str(self.seed), *steps])
 
     @property
     def stage(self):
-        return "tuning" if self.seed in TUNING else "main"
+        return "tuning" if self.seed in TUNING else "main" if self.steps == STEPS else "finer"
+
+    @property
+    def trained(self):
+        return ROWS[self.row].trained and self.stage != "finer"
 
     @property
     def result(self):
@@ -272,6 +283,17 @@ def main_run(task, base, row, seed, share=0.0):
     return Run(task, base, owner, seed, settings, (*half, *models), tuple(sorted({1.0, *guidances})), share)
 
 
+def finer_runs():
+    """The main runs of the first seeds whose weights were kept on this machine: their pictures in twice the steps."""
+    for seed in SEEDS[:3]:
+        for run in dict.fromkeys(
+            main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST + T1_THEN
+        ):
+            models = tuple(model for model in run.models if model != "half")
+            if all(kept(run, model).exists() for model in models):
+                yield replace(run, models=models, steps=FINER)
+
+
 def stages():
     """Functions that give runs, each to be called when those of the one before are there."""
     for base in study.BASES:
@@ -285,6 +307,7 @@ def stages():
         yield lambda seed=seed: [start_of(base, seed) for base in study.BASES]
         rows = T1_FIRST + (T1_THEN if seed in SEEDS[:4] else ())
         yield lambda seed=seed, rows=rows: [main_run("T1", base, row, seed) for base in study.BASES for row in rows]
+    yield lambda: [*finer_runs()]
     for seed in SEEDS[:3]:
         yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
         yield lambda seed=seed: [main_run("T2", "first", row, seed, share) for share in SHARES for row in T2]
@@ -421,6 +444,11 @@ def train(run, folder):
     return notes, study.thinned(lines)
 
 
+def kept(run, model):
+    """Where the weights of a main run are kept, in half precision, for what may yet have to be measured."""
+    return WORK / "weights" / f"{replace(run, steps=STEPS).name} {model}.safetensors"
+
+
 def weights_of(folder):
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
     return unet.state_dict()
@@ -430,7 +458,9 @@ def models_of(run, folder, notes):
     """Yields (name, the denoiser's weights) of all that is measured after a run."""
     for name in run.models:
         kind, _, value = name.partition(" ")
-        if kind == "k":
+        if run.stage == "finer":
+            yield name, load_file(kept(run, name))
+        elif kind == "k":
             yield name, extrapolated(weights_of(study.BASES[run.base]), weights_of(start_folder(run)), float(value))
         elif kind == "average":
             yield name, notes["averages"][float(value)]
@@ -451,9 +481,9 @@ def real(caption):
     return load_file(file)[caption].numpy()
 
 
-def draw(pipeline, texts, first_seed, guidance):
+def draw(pipeline, texts, first_seed, guidance, steps):
     noise = [torch.Generator().manual_seed(first_seed + place) for place in range(len(texts))]
-    return pipeline(texts, generator=noise, num_inference_steps=STEPS, guidance_scale=guidance).images
+    return pipeline(texts, generator=noise, num_inference_steps=steps, guidance_scale=guidance).images
 
 
 def measure(pipeline, run, model):
@@ -464,7 +494,7 @@ def measure(pipeline, run, model):
             count = PICTURES[run.stage].get(part, 0)
             for place, caption in enumerate(captions[:HELD_OUT] if count else ()):
                 seed = 50_000_000 + 100_000 * run.seed + 50_000 * (part == "aligned") + 1000 * place
-                pictures = draw(pipeline, [caption] * count, seed, guidance)
+                pictures = draw(pipeline, [caption] * count, seed, guidance, run.steps)
                 made = measures.features(to_tensor(pictures))
                 precision, recall = measures.precision_recall(made, real(caption))
                 line = {"model": model, "guidance": guidance, "part": part, "caption": caption}
@@ -507,7 +537,7 @@ def carry_out(run):
     datasets.disable_progress_bars()
     record = {"run": run.name, "task": run.task, "base": run.base, "row": run.row, "seed": run.seed}
     record |= {"stage": run.stage, "winners": len(CAPTIONS[HELD_OUT:]) * PER_CAPTION, "degraded": run.share}
-    record |= {"flags": run.flags() if ROWS[run.row].trained else {}, **provenance()}
+    record |= {"flags": run.flags() if run.trained else {}, **provenance()}
     record["date"] = time.strftime("%Y-%m-%d %H:%M")
     if run.task != "start":  # made again on another machine it may differ in its last bits
         unet = start_folder(run) / "unet" / "diffusion_pytorch_model.safetensors"
@@ -518,7 +548,7 @@ def carry_out(run):
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         notes = {"seconds": 0.0, "forwards": 0, "backwards": 0}
-        if ROWS[run.row].trained:
+        if run.trained:
             notes, record["curves"] = train(run, folder)
         record |= {name: notes[name] for name in ("seconds", "forwards", "backwards")}
         pipeline = study.load_pipeline(folder if run.task == "start" else study.BASES[run.base], "cpu")
@@ -526,10 +556,9 @@ def carry_out(run):
         for model, weights in models_of(run, folder, notes):
             pipeline.unet.load_state_dict(weights)
             record["captions"] += measure(pipeline, run, model)
-            keep = WORK / "weights" / f"{run.name} {model}.safetensors"
-            if run.stage == "main" and not keep.exists():  # for what may yet have to be measured
-                keep.parent.mkdir(exist_ok=True)
-                save_file({name: weight.half().contiguous() for name, weight in weights.items()}, keep)
+            if run.stage == "main" and not kept(run, model).exists():
+                kept(run, model).parent.mkdir(exist_ok=True)
+                save_file({name: weight.half().contiguous() for name, weight in weights.items()}, kept(run, model))
         record["error"] = round(study.heldout_error(pipeline, CAPTIONS), 5)
         if run.task == "start":
             pipeline.to(torch.float16).save_pretrained(folder.with_suffix(".half"))
@@ -590,7 +619,8 @@ def progress():
     for stage in stages():
         runs = list(dict.fromkeys(stage()))
         there = sum(told(run) is not None for run in runs)
-        yield runs, there
+        if runs:
+            yield runs, there
         if there < len(runs):
             return
 
