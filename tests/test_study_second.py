@@ -311,6 +311,26 @@ def test_kept_weights_draw_once_more_in_more_steps(tiny, monkeypatch):
     assert measured["mmd"] == pytest.approx(main["captions"][0]["mmd"], abs=0.02), "the main run's, in half precision"
 
 
+def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch, tmp_path):
+    """The start is the base here, and one row the other base: its line differs, and no other."""
+    monkeypatch.setattr(second, "WORK", tmp_path)
+    assert second_report.sheet("first") is None, "no weights are kept"
+    (tmp_path / "weights").mkdir()
+    rows = ("start", second.best_sft("first"), *second.FAMILY)
+    for row in rows:
+        run, model = second.main_run("T1", "first", row, 0), second.chosen("first", row)[1]
+        weights = second.weights_of(study.BASES["second" if row == "hinge" else "first"])
+        second.save_file({name: weight.half() for name, weight in weights.items()}, second.kept(run, model))
+    lines = np.split(np.asarray(second_report.sheet("first").convert("RGB")), len(rows))
+    pictures = [line[:64, -12 * 64 :] for line in lines]
+    same = [np.array_equal(picture, pictures[0]) for picture in pictures]
+    assert same == [row != "hinge" for row in rows]
+    pipeline, caption = study.load_pipeline(study.BASES["first"], "cpu"), second.held_out(0)[0][3]
+    (drawn,) = second.draw(pipeline, [caption], second.first_noise(0, "held out", 3), 1.0, second.STEPS)
+    shown = pictures[0][:, 3 * 64 : 4 * 64].astype(int)
+    assert np.abs(shown - np.asarray(drawn)).mean() < 6, "but for few colours and half precision"
+
+
 def test_weights_average_and_the_base_is_a_reference(tiny, tmp_path):
     """The average is worked out again from the weights after each update; the bank's first entry is the base."""
     seen, notes = [], {}

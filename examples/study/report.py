@@ -592,7 +592,7 @@ def plot_curves(results):
     return figure
 
 
-def picture_sheet(folder, results, rows, seed, regimes, left=150, top=22):
+def picture_sheet(folder, results, rows, seed, regimes):
     """
     The rows' first pictures of one training seed, by the same noise: the strips that the runs left in `folder`.
 
@@ -605,7 +605,11 @@ def picture_sheet(folder, results, rows, seed, regimes, left=150, top=22):
         strips += [(f"{regime}: {row}", folder / regime / f"{file_name(row)}-{seed}.png") for row in there]
     if not all(path.exists() for _, path in strips):
         return None
-    pictures = [(name, Image.open(path).convert("RGB")) for name, path in strips]
+    return labelled([(name, Image.open(path).convert("RGB")) for name, path in strips])
+
+
+def labelled(pictures, left=150):
+    """A sheet of strips, one below the other, each behind its name: `pictures` are pairs of the two."""
     width, height = pictures[0][1].size
     canvas = Image.new("RGB", (left + width, len(pictures) * (height + 2)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)

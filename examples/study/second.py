@@ -486,6 +486,11 @@ def draw(pipeline, texts, first_seed, guidance, steps):
     return pipeline(texts, generator=noise, num_inference_steps=steps, guidance_scale=guidance).images
 
 
+def first_noise(seed, part, place):
+    """The seed of a caption's first picture; the others follow, and all rows have the same."""
+    return 50_000_000 + 100_000 * seed + 50_000 * (part == "aligned") + 1000 * place
+
+
 def measure(pipeline, run, model):
     """A dict for each guidance and caption: what data/columns.md names, and `pictures`, the scorers' word on each."""
     lines = []
@@ -493,8 +498,8 @@ def measure(pipeline, run, model):
         for part, captions in zip(("held out", "aligned"), held_out(run.seed)):
             count = PICTURES[run.stage].get(part, 0)
             for place, caption in enumerate(captions[:HELD_OUT] if count else ()):
-                seed = 50_000_000 + 100_000 * run.seed + 50_000 * (part == "aligned") + 1000 * place
-                pictures = draw(pipeline, [caption] * count, seed, guidance, run.steps)
+                noise = first_noise(run.seed, part, place)
+                pictures = draw(pipeline, [caption] * count, noise, guidance, run.steps)
                 made = measures.features(to_tensor(pictures))
                 precision, recall = measures.precision_recall(made, real(caption))
                 line = {"model": model, "guidance": guidance, "part": part, "caption": caption}

@@ -2,7 +2,7 @@
 
 python examples/study/second_report.py family
 python examples/study/second_report.py power   # when the tuning is done: which difference of MMD would be seen
-python examples/study/second_report.py report  # all tables, and forest.png and work.png beside this file
+python examples/study/second_report.py report  # all tables; forest.png, work.png and rows_BASE.png beside this file
 """
 
 import argparse
@@ -194,14 +194,39 @@ def plot_work():
     return figure
 
 
+def sheet(base, seed=0):
+    """
+    What the rows draw of a seed's held-out captions without guidance, from each caption's first noise.
+
+    It is drawn with the weights that the main runs kept: None where they were not made on this machine.
+    """
+    runs = {row: second.main_run("T1", base, row, seed) for row in ("start", second.best_sft(base), *second.FAMILY)}
+    weights = {row: second.kept(run, second.chosen(base, row)[1]) for row, run in runs.items()}
+    if not all(path.exists() for path in weights.values()):
+        return None
+    pipeline, strips = study.load_pipeline(study.BASES[base], "cpu"), []
+    for row, path in weights.items():
+        pipeline.unet.load_state_dict(second.load_file(path))
+        captions, _ = second.held_out(seed)
+        drawn = [
+            second.draw(pipeline, [caption], second.first_noise(seed, "held out", place), 1.0, second.STEPS)[0]
+            for place, caption in enumerate(captions)
+        ]
+        strips.append((row, study.strip(drawn).convert("RGB")))
+    return study.report.labelled(strips)
+
+
 def write(told):
-    """Prints all tables and saves both plots."""
+    """Prints all tables, and saves both plots and a sheet of pictures of each base."""
     for base in study.BASES:
         print(f"## {base} base\n\n{tuned_table(base)}\n\n{measures_table(base)}\n\n{finer_table(base)}\n")
     print(table(told))
     for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items():
         figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
+    for base in study.BASES:
+        if pictures := sheet(base):
+            pictures.save(second.HERE / f"rows_{base}.png", optimize=True)
 
 
 def tuning_power(base, seeds=(8, 10)):
