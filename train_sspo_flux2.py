@@ -86,7 +86,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     GradScalerKwargs,
@@ -336,7 +335,7 @@ def pair_errors(denoiser, models, batch, noise, timesteps, split):
         return denoising_errors(denoiser, models, latents, noise, timesteps, join(condition, condition)).chunk(2)
     winner_errors = torch.utils.checkpoint.checkpoint(
         denoising_errors,
-        *(models.denoiser, models, winner, noise, timesteps, condition),  # data parallel would count two forwards
+        *(denoiser, models, winner, noise, timesteps, condition),
         use_reentrant=False,
         preserve_rng_state=False,
     )
@@ -416,8 +415,8 @@ def training_loss(policy, models, batch, args, autocast):
     """
     3. to 5. for one micro-batch (see collate; `rival` holds the rivals' latents): its loss, with its metrics.
 
-    `policy` is the denoiser as accelerate wrapped it. Policy and reference run under the same autocast: where they are
-    equal, both gaps are exactly 0. --loss_type sft is the plain denoising loss on the winners.
+    Policy and reference run under the same autocast: where they are equal, both gaps are exactly 0. --loss_type sft is
+    the plain denoising loss on the winners.
     """
     winner, keys = batch["winner"], batch["keys"]
     noise = keyed_noise("noise", args.seed, keys, (args.draws_per_pair, *winner.shape[1:])).to(winner.device)
@@ -668,6 +667,8 @@ def check_environment(args):
         raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("--mixed_precision bf16 needs an Ampere card or a later one, as this is not: use no or fp16")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1754,6 +1755,8 @@ def save_checkpoint(accelerator, args, record):
     try:
         accelerator.save_state(partial)
     except RuntimeError as error:  # so torch.save calls a full disk
+        if type(error) is not RuntimeError:  # of the accelerator, or of another process
+            raise
         raise OSError(f"{partial} cannot be written, is the disk full? {one_line(error)}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -1962,7 +1965,6 @@ def make_accelerator(args):
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
                 GradScalerKwargs(init_scale=2.0 ** round(16 - math.log2(steepness))),
             ],
         )
@@ -2173,10 +2175,11 @@ def main(args):
         cache.fill(models, accelerator)
         load, encode = cache.load, list  # what it loads is encoded
         models.vae.to("cpu")
-    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(trained, args)
-    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
-    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # no autocast but where the code says so
+    policy = models.denoiser.to(
+        device
+    )  # not prepared: autocast is where the code says so, and gradients are averaged here
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer, schedule = accelerator.prepare(*make_optimizer(trained, args))
     register_checkpoint_hooks(accelerator, models, args)
     if validating:  # before a checkpoint is loaded: the policy is still the base
         base_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
@@ -2251,6 +2254,9 @@ def main(args):
                         for name, value in {"loss": loss.detach(), **parts}.items():
                             totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
                         if accelerator.sync_gradients:
+                            if accelerator.num_processes > 1:  # DistributedDataParallel would keep each gradient twice
+                                for weight in trained:
+                                    torch.distributed.all_reduce(weight.grad.div_(accelerator.num_processes))
                             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                             means = accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist()
                             metrics = dict(zip(totals, means))
@@ -2292,8 +2298,6 @@ def main(args):
         if args.push_to_hub:
             push_to_hub(args, repository)
     accelerator.wait_for_everyone()
-    # The wrapped policy must not outlive the process group: gloo's threads and Python would wait for each other.
-    policy, optimizer, schedule = accelerator.free_memory(policy, optimizer, schedule)
     accelerator.end_training()
     if stopped:
         sys.exit(128 + stopped)
@@ -2307,7 +2311,11 @@ if __name__ == "__main__":
         message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
         advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not re.search(
+            "out of memory|unable to find an engine|_ALLOC_FAILED", str(error)
+        ):  # PyTorch's words and cuDNN's
+            raise
         sys.exit(
             f"{Path(__file__).name}: out of memory: lower --rollout_batch_size, --draws_per_pair or, with more "
             "--gradient_accumulation_steps, --train_batch_size; or add --gradient_checkpointing, --cache_latents or "

@@ -90,7 +90,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     GradScalerKwargs,
@@ -347,7 +346,7 @@ def pair_errors(denoiser, models, batch, noise, timesteps, split):
         return denoising_errors(denoiser, models, latents, noise, timesteps, join(condition, condition)).chunk(2)
     winner_errors = torch.utils.checkpoint.checkpoint(
         denoising_errors,
-        *(models.denoiser, models, winner, noise, timesteps, condition),  # data parallel would count two forwards
+        *(denoiser, models, winner, noise, timesteps, condition),
         use_reentrant=False,
         preserve_rng_state=False,
     )
@@ -427,8 +426,8 @@ def training_loss(policy, models, batch, args, autocast):
     """
     3. to 5. for one micro-batch (see collate; `rival` holds the rivals' latents): its loss, with its metrics.
 
-    `policy` is the denoiser as accelerate wrapped it. Policy and reference run under the same autocast: where they are
-    equal, both gaps are exactly 0. --loss_type sft is the plain denoising loss on the winners.
+    Policy and reference run under the same autocast: where they are equal, both gaps are exactly 0. --loss_type sft is
+    the plain denoising loss on the winners.
     """
     winner, keys = batch["winner"], batch["keys"]
     noise = keyed_noise("noise", args.seed, keys, (args.draws_per_pair, *winner.shape[1:])).to(winner.device)
@@ -679,6 +678,8 @@ def check_environment(args):
         raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("--mixed_precision bf16 needs an Ampere card or a later one, as this is not: use no or fp16")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -702,6 +703,8 @@ FRAMES_PER_SECOND = 8  # of what is written
 STRIP = 8  # frames of a clip in its strip, at most
 VAE_FRAMES = 8  # frames that the VAE takes at once
 ATTENTION_ROWS = 65535  # that CUDA's kernels of attention take at once
+# Rows x heads in the backward of flash attention, which counts in 32 bits and pads sequences to 128 and heads to 64.
+ATTENTION_HEADS = 2**31 // (128 * 64)
 # What motion adapters are trained with. The image model's own schedule is another one.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
@@ -809,18 +812,23 @@ def check_attention(args, heads):
 
     A row is a place of a clip's latents, for xformers a place and a head.
     """
-    clips = args.train_batch_size * args.draws_per_pair * (1 if args.split_pairs else 2)
-    clips = max(clips, args.rollout_batch_size * (2 if args.rollout_guidance_scale > 1 else 1))
+    trained = args.train_batch_size * args.draws_per_pair * (1 if args.split_pairs else 2)
     pictures = min(args.rollout_batch_size, len(args.validation_prompts or ()) * args.num_validation_images)
-    clips = max(clips, pictures * (2 if args.validation_guidance_scale > 1 else 1))
-    height, width = picture_size(args)
-    rows = clips * (height // 8) * (width // 8) * (heads if args.enable_xformers_memory_efficient_attention else 1)
-    if rows > ATTENTION_ROWS:
-        raise UserError(
-            f"{clips} clips of {height} x {width} at once are {rows} rows of attention in motion modules, and CUDA "
-            f"takes {ATTENTION_ROWS}: lower --train_batch_size or --rollout_batch_size, or use fewer pixels"
-            + (", or drop xformers" if args.enable_xformers_memory_efficient_attention else "")
-        )
+    drawn = args.rollout_batch_size * (2 if args.rollout_guidance_scale > 1 else 1)
+    drawn = max(drawn, pictures * (2 if args.validation_guidance_scale > 1 else 1))
+    xformers, (height, width) = args.enable_xformers_memory_efficient_attention, picture_size(args)
+    of_clip = (height // 8) * (width // 8) * (heads if xformers else 1)
+    backward = ATTENTION_ROWS if xformers else min(ATTENTION_ROWS, ATTENTION_HEADS // heads)
+    for clips, most, flags in (
+        (trained, backward, "--train_batch_size or --draws_per_pair"),
+        (drawn, ATTENTION_ROWS, "--rollout_batch_size"),
+    ):
+        if clips * of_clip > most:
+            raise UserError(
+                f"{clips} clips of {height} x {width} at once are {clips * of_clip} rows of attention in motion "
+                f"modules, and CUDA takes {most}: lower {flags}, or use fewer pixels"
+                + (", or drop xformers" if xformers else "")
+            )
 
 
 def load_models(args, dtype):
@@ -1889,6 +1897,8 @@ def save_checkpoint(accelerator, args, record):
     try:
         accelerator.save_state(partial)
     except RuntimeError as error:  # so torch.save calls a full disk
+        if type(error) is not RuntimeError:  # of the accelerator, or of another process
+            raise
         raise OSError(f"{partial} cannot be written, is the disk full? {one_line(error)}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -2097,7 +2107,6 @@ def make_accelerator(args):
             step_scheduler_with_optimizer=False,  # else a schedule would run faster on more processes
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait for validation
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are kept twice
                 GradScalerKwargs(init_scale=2.0 ** round(16 - math.log2(steepness))),
             ],
         )
@@ -2308,10 +2317,11 @@ def main(args):
         cache.fill(models, accelerator)
         load, encode = cache.load, list  # what it loads is encoded
         models.vae.to("cpu")
-    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(trained, args)
-    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
-    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # no autocast but where the code says so
+    policy = models.denoiser.to(
+        device
+    )  # not prepared: autocast is where the code says so, and gradients are averaged here
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer, schedule = accelerator.prepare(*make_optimizer(trained, args))
     register_checkpoint_hooks(accelerator, models, args)
     if validating:  # before a checkpoint is loaded: the policy is still the base
         base_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
@@ -2386,6 +2396,9 @@ def main(args):
                         for name, value in {"loss": loss.detach(), **parts}.items():
                             totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
                         if accelerator.sync_gradients:
+                            if accelerator.num_processes > 1:  # DistributedDataParallel would keep each gradient twice
+                                for weight in trained:
+                                    torch.distributed.all_reduce(weight.grad.div_(accelerator.num_processes))
                             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                             means = accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist()
                             metrics = dict(zip(totals, means))
@@ -2427,8 +2440,6 @@ def main(args):
         if args.push_to_hub:
             push_to_hub(args, repository)
     accelerator.wait_for_everyone()
-    # The wrapped policy must not outlive the process group: gloo's threads and Python would wait for each other.
-    policy, optimizer, schedule = accelerator.free_memory(policy, optimizer, schedule)
     accelerator.end_training()
     if stopped:
         sys.exit(128 + stopped)
@@ -2442,7 +2453,11 @@ if __name__ == "__main__":
         message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
         advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not re.search(
+            "out of memory|unable to find an engine|_ALLOC_FAILED", str(error)
+        ):  # PyTorch's words and cuDNN's
+            raise
         sys.exit(
             f"{Path(__file__).name}: out of memory: lower --rollout_batch_size, --draws_per_pair or, with more "
             "--gradient_accumulation_steps, --train_batch_size; or add --gradient_checkpointing, --cache_latents or "

@@ -140,6 +140,32 @@ def test_more_rows_of_attention_than_cuda_takes_are_refused(
             train_sspo_video.load_models(args, torch.float32)
 
 
+@pytest.mark.parametrize("options, refused", [(dict(draws_per_pair=4), False), (dict(draws_per_pair=5), True)])
+def test_the_backward_of_attention_takes_fewer_rows(motion, options, refused):
+    """Eight heads, as AnimateDiff has: 8 clips are the 32768 rows that flash attention can count."""
+    base, adapter = motion
+    shared = dict(motion_adapter_name_or_path=adapter, num_frames=16, resolution=512, train_batch_size=1)
+    args = train_sspo_video.parse_args(flags(base, "clips", "out", rollout_batch_size=8, **shared, **options))
+    if refused:
+        with pytest.raises(train_sspo_video.UserError, match="40960 rows.* takes 32768: lower --train_batch_size or"):
+            train_sspo_video.check_attention(args, heads=8)
+        args.split_pairs = True
+    train_sspo_video.check_attention(args, heads=8)
+
+
+@pytest.mark.parametrize("capability, refused", [((7, 5), True), ((8, 0), False)])
+def test_bf16_wants_a_card_that_has_it(monkeypatch, capability, refused):
+    """PyTorch says yes to any card: an older one would emulate it, and attention in it would hold its whole matrix."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    args = train_sspo_sd.parse_args(flags("model", "data", "out", mixed_precision="bf16"))
+    if refused:
+        with pytest.raises(train_sspo_sd.UserError, match="bf16 needs an Ampere card or a later one"):
+            train_sspo_sd.check_environment(args)
+    else:
+        train_sspo_sd.check_environment(args)
+
+
 def test_launch_sh_leaves_time_for_a_checkpoint(tmp_path):
     """After SIGTERM torchelastic waits 30 seconds for an update to end and be saved, unless it is told otherwise."""
     fake = tmp_path / "accelerate"

@@ -467,12 +467,12 @@ def run(family, script, args, memory):
         cached = [{**one, **text} for one, text in zip(script.encode_latents(models, examples), texts)]
         del examples, texts
     memory.parked = encoders if cached else 0
-    trained = [parameter for parameter in models.denoiser.parameters() if parameter.requires_grad]
+    policy = models.denoiser
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer, schedule = script.make_optimizer(trained, args)
     for group in optimizer.param_groups:
         group["foreach"] = True  # as on a GPU
-    policy, optimizer, schedule = accelerator.prepare(models.denoiser, optimizer, schedule)
-    accelerator.unwrap_model(policy, keep_fp32_wrapper=False)  # as main does
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
     optimizer.step = memory.during("step", optimizer.step)
 
     def validate():

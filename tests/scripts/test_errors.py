@@ -355,6 +355,23 @@ def test_full_memory_ends_with_one_line(train):
     )
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_full_memory_in_the_words_of_other_libraries(train, words, told):
+    def exhausted(*args):
+        raise RuntimeError(words)
+
+    code, said = run_script(train, lambda: setattr(torch.nn.functional, "logsigmoid", exhausted))
+    assert code == 1 and any("Traceback" in line for line in said) != told
+    assert said[-1].startswith("train_sspo_sd.py: out of memory: lower" if told else f"RuntimeError: {words}")
+
+
 def test_an_interrupt_before_there_is_anything_to_save_is_quiet(train):
     def prepare():
         load = CLIPTextModel.from_pretrained

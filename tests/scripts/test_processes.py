@@ -57,8 +57,6 @@ def test_two_processes_make_the_same_run(train, tmp_path):
 def test_two_processes_are_one(trains, kind, options):
     """
     The global batch of one process, with both halves of its pairs together, whichever way two processes go about it.
-
-    --split_pairs sends the rivals through the policy that data parallel wrapped, and the winners past it.
     """
     train, options = trains[kind], {**LAYOUT, "train_batch_size": 2, **options}
     alone = dict(train_batch_size=4, gradient_accumulation_steps=1, split_pairs=False)
