@@ -56,7 +56,8 @@ def measured(words):
 @pytest.mark.parametrize(
     "more", quick_first("--gradient_checkpointing", ["--train_mode full --draws_per_pair 2 --split_pairs"])
 )
-def test_estimate_is_what_a_real_run_allocates(middling, more):
+def test_estimate_is_what_a_real_run_allocates(middling, more, monkeypatch):
+    monkeypatch.setattr(estimate_memory, "flash_sums", lambda query: 0)  # of a GPU alone
     words = [*FLAGS, *more.split()]
     found = estimate_memory.estimate("sd", words)
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)

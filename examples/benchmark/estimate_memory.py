@@ -8,10 +8,11 @@ The first word names the script (sd, sdxl, video, flux2, wan); what follows are 
 run, from prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which
 have a shape and no contents. Every storage is counted from its allocation to its end.
 
-Fake tensors on the CPU stand in for those on a GPU, where two things are otherwise, and are set right here: autocast
-runs group and layer norms in fp32 there, and AdamW steps all weights at once, with temporaries of their size. On both,
-attention is a fused kernel. fp16 is computed as bf16. What the allocator and the libraries take beside tensors is not
-known beforehand: CONTEXT and SLACK are assumptions. Data parallel needs no more: it shares the gradients' storage.
+Fake tensors on the CPU stand in for those on a GPU, where three things are otherwise, and are set right here: autocast
+runs norms and upsampling in fp32 there, the backward of flash attention sums in fp32, and AdamW steps all weights at
+once, with temporaries of their size. On both, attention is a fused kernel. fp16 is computed as bf16. What allocator and
+libraries take beside tensors is not known beforehand: CONTEXT and SLACK are assumptions. Several GPUs need no more
+each: the scripts average the gradients where they are.
 """
 
 import functools
@@ -234,6 +235,15 @@ TABLE = [
 ]
 
 
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def flash_sums(query):
+    """Bytes that a GPU's flash attention takes in its backward for the query's gradient, (b, heads, length, width)."""
+    batch, heads, length, width = query.shape
+    return 4 * batch * heads * (-(-length // 128) * 128) * (-(-width // 32) * 32)
+
+
 class Memory(TorchDispatchMode):
     """
     Counts the bytes of the storages that live. `peaks` has the most that there were in each phase of a run.
@@ -252,13 +262,19 @@ class Memory(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
+        if function is ATTENTION_BACKWARD:
+            self.note(flash_sums(args[1]))
         return result
+
+    def note(self, more=0):
+        """Keeps the most that there was in this phase; with `more` bytes that are there for a moment."""
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now - self.parked + more)
 
     def count(self, storage):
         if storage._cdata not in self.living:
             self.living[storage._cdata] = storage.nbytes()
             self.now += storage.nbytes()
-            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now - self.parked)
+            self.note()
             weakref.finalize(storage, self.release, storage._cdata)
 
     def release(self, storage):
@@ -416,8 +432,10 @@ def replaced(script, memory):
         for change in changes:
             stack.enter_context(mock.patch.object(*change))
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
-        for name in ("layer_norm", "group_norm"):
-            library.impl(name, functools.partial(in_fp32, getattr(torch.ops.aten, name).default), "AutocastCPU")
+        for name in ("layer_norm", "group_norm", "rms_norm", "upsample_nearest2d.vec"):
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            library.impl(name, functools.partial(in_fp32, operator), "AutocastCPU")
         yield
 
 

@@ -4,9 +4,9 @@ What the scripts do on a GPU: a list of measurements, the most important first. 
 Each item runs in a process of its own and has a limit of seconds, so that one that fails or hangs does not end the
 rest. The report, gpu-report.md, is written anew after each: what was interrupted has all that was found by then.
 Nothing is downloaded: models of the real sizes are built with random weights. A figure that says how it should be is
-marked ok or FAILED; the exit status is 1 if one failed.
+marked ok or FAILED; the exit status is 1 if one failed. What had no time is named, and is no failure.
 
-    python tests/gpu/report.py                      # ten minutes at most
+    python tests/gpu/report.py                      # twenty minutes at most
     python tests/gpu/report.py --list
     python tests/gpu/report.py --only gap sdxl --minutes 30
     python tests/gpu/report.py --tiny               # shows that it runs, on tiny models; also on a CPU
@@ -17,12 +17,13 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -70,7 +71,7 @@ SCRIPTS = {
         tiny=("wan", "--height 32 --width 32 --num_frames 5"),
         precisions=("bf16",),
         named="--fps 16",
-        runs=[(2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0", 11.3)],
+        runs=[(2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 17 --max_train_samples 2", 11.2)],
     ),
 }
 FULL = "--train_mode full --gradient_checkpointing --gradient_accumulation_steps 2 --rollout_batch_size 2"
@@ -102,26 +103,51 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def precisions(kind, small):
+    """In which half precisions a script can be measured: bf16 in tiny runs, since a CPU has it; not before Ampere."""
+    import torch
+
+    known = SCRIPTS[kind]["precisions"]
+    old = not small and on_gpu() and torch.cuda.get_device_capability() < (8, 0)
+    return known[-1:] if small else [precision for precision in known if not (old and precision == "bf16")]
+
+
 def half(kind, small):
-    """The half precision in which a script is measured: fp16 if it can; in tiny runs bf16, which a CPU has."""
-    return SCRIPTS[kind]["precisions"][-1 if small else 0]
+    return precisions(kind, small)[0]
+
+
+def measurable(small):
+    return [kind for kind in SCRIPTS if precisions(kind, small)]
 
 
 def gib(value):
     return f"{value / 2**30:.2f} GiB"
 
 
-def build_real(kind, script, args, dtype):
-    """A load_models of the real size with random weights, made on the GPU, where that takes no time."""
-    import torch
-    from estimate_memory import build_models
+def real_size():
+    """estimate_memory.py, which builds models of the real size."""
+    import estimate_memory
 
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # which is for estimate_memory's own runs
-    with torch.device("cuda" if on_gpu() else "cpu"):
-        models = build_models(kind, script, args, dtype)
-    for module in (*models.encoders, models.denoiser):
-        module.to("cpu")
-    return models
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # which is for its own runs
+    return estimate_memory
+
+
+def build_real(kind, script, args, dtype):
+    """
+    A load_models of the real size with random weights. They are made on the GPU, where that takes no time, and each
+    part leaves it before the next one is made: all of them would be more than a run needs.
+    """
+    import torch
+
+    models, device = real_size(), "cuda" if on_gpu() else "cpu"
+    build = models.build
+
+    def build_and_leave(*inputs, **named):
+        with torch.device(device):
+            return build(*inputs, **named).to("cpu")
+
+    with mock.patch.object(models, "build", build_and_leave):
+        return models.build_models(kind, script, args, dtype)
 
 
 class Run:
@@ -217,6 +243,25 @@ def milliseconds(function, times=5):
     return 1000 * min(seconds[2:])
 
 
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+def no_room(error):
+    """Whether an error says, in PyTorch's words or cuDNN's, that the memory is full."""
+    return re.search("out of memory|unable to find an engine|_ALLOC_FAILED", str(error))
+
+
+def computes():
+    """Whether the device still does: after some errors nothing runs any more in this process."""
+    import torch
+
+    try:
+        return torch.ones(2, device="cuda" if on_gpu() else "cpu").sum().item() == 2
+    except RuntimeError:
+        return False
+
+
 def kernels(function):
     """The names of the kernels that a call launches, each as often as it is launched."""
     import torch
@@ -258,8 +303,8 @@ def versions(folder, small):
 
 def gap(folder, small):
     """Whether policy and reference agree to the last bit at the first update, in every script, mode and precision."""
-    for kind, script in SCRIPTS.items():
-        for precision in script["precisions"][-1 if small else 0 :]:
+    for kind in measurable(small):
+        for precision in precisions(kind, small):
             for flags in ("", "--gradient_checkpointing --split_pairs", "--train_mode full")[: 1 if small else 3]:
                 words = f"--mixed_precision {precision} --max_train_steps 1 --train_batch_size 2 {flags}"
                 run = Run(kind, folder, f"{words} --rollout_steps 2", name=f"{precision}{flags}".replace(" ", ""))
@@ -268,64 +313,108 @@ def gap(folder, small):
 
 def attention(folder, small):
     """
-    Whether attention rounds alike with gradients and without, and which kernel it takes: cuDNN's may take another
-    plan. If so, torch.backends.cuda.enable_cudnn_sdp(False) is what the scripts need.
+    Whether attention rounds alike with gradients and without, whichever kernel comes first on this card: if not, the
+    gaps are not 0 at the first update. cuDNN's may take another plan: torch.backends.cuda.enable_cudnn_sdp(False) is
+    then what the scripts need, and is tried too. Shapes are rows, heads, queries x keys, size of a head.
     """
     import torch
 
+    # The tokens of a prompt, where they are attended to alone, and (rows, heads, queries, size of a head).
+    cases = {
+        "SD 1.5": (77, [(2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160)]),
+        "SDXL": (77, [(2, 10, 4096, 64), (2, 20, 1024, 64)]),
+        "AnimateDiff": (None, [(2048, 8, 16, 40), (32, 8, 16, 160)]),
+        "FLUX.2": (None, [(2, 24, 1536, 128)]),
+        "Wan 2.1": (512, [(2, 12, 14040, 128)]),
+    }
+    for model, (prompt, shapes) in cases.items():
+        for count, heads, queries, size in shapes:
+            for keys in [queries, prompt] if prompt else [queries]:
+                place, most = f"{model}, {count}, {heads}, {queries} x {keys}, {size}", 16 if small else math.inf
+                made = [[min(most, number) for number in (count, length)] for length in (queries, keys, keys)]
+                for dtype in (torch.float16, torch.bfloat16):
+                    try:
+                        tell_rounding(f"{place}, {str(dtype)[6:]}", [(*one, heads, size) for one in made], dtype)
+                    except torch.OutOfMemoryError:
+                        tell(f"{place}, {str(dtype)[6:]}", "skipped, it does not fit the memory")
+
+
+def tell_rounding(place, shapes, dtype):
+    """Attention with gradients against the same without, of (rows, tokens, heads, size) as the models transpose it."""
+    import torch
+
     sdpa, device = torch.nn.functional.scaled_dot_product_attention, "cuda" if on_gpu() else "cpu"
-    cases = {"SD 1.5": [(8, 4096, 40), (8, 1024, 80), (8, 256, 160)], "SDXL": [(10, 4096, 64), (20, 1024, 64)]}
-    cases |= {"AnimateDiff": [(8, 16, 40)], "FLUX.2": [(24, 1536, 128)]}
-    for model, shapes in cases.items():
-        for heads, tokens, size in shapes:
-            for dtype in (torch.float16, torch.bfloat16):
-                q, k, v = torch.randn(3, 2, heads, 16 if small else tokens, size, device=device, dtype=dtype)
-                for cudnn in (True, False):
-                    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-                    with torch.no_grad():
-                        without = sdpa(q, k, v)
-                        names = kernels(lambda q=q, k=k, v=v: sdpa(q, k, v))
-                    graded = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-                    names += kernels(lambda graded=graded: sdpa(*graded))
-                    equal = torch.equal(without, sdpa(*graded).detach())
-                    told = f"{'equal' if equal else 'NOT equal'} with gradients: {', '.join(short(names))}"
-                    place = f"{model}, {heads} x {tokens} x {size}, {str(dtype)[6:]}"
-                    tell(f"{place}, cuDNN {'allowed' if cudnn else 'not allowed'}", told, equal)
+    inputs = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for shape in shapes]
+    graded = [tensor.clone().requires_grad_() for tensor in inputs]  # strides are kept
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        with torch.no_grad():
+            without, names = sdpa(*inputs), kernels(lambda: sdpa(*inputs))
+        equal = torch.equal(without, sdpa(*graded).detach())
+        names = list(dict.fromkeys(name[:60] for name in names + kernels(lambda: sdpa(*graded))))
+        told = f"{'equal' if equal else 'NOT equal'} with gradients: {', '.join(names)}"
+        tell(place if cudnn else f"{place}, cuDNN not allowed", told, equal)
+        if equal:
+            break
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def short(names):
-    return [name[:60] for name in dict.fromkeys(names)]
-
-
 def rows(folder, small):
-    """How many rows, batch x heads, each kernel of attention takes; train_sspo_video.py refuses more than 65535."""
+    """
+    How many rows each kernel of attention takes, and whether it is right there: rows x 8 heads x 16 frames x 40, as in
+    motion modules, against the same in two halves. train_sspo_video.py allows 65535 rows forward and 32768 backward,
+    beyond which flash attention's offsets may pass 32 bits. It comes last here, since it may end the item.
+    """
     import torch
 
-    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH", None):
-        for count in (65535, 65536, 131072):
-            size = (count // 4096 if small else count, 1, 16, 40)
-            q = torch.randn(size, device="cuda" if on_gpu() else "cpu", dtype=torch.float16, requires_grad=True)
+    counts, directions = (32768, 32769, 65535, 65536), (("forward", 65535), ("backward", 32768))
+    for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH", None, "FLASH_ATTENTION"):
+        for count, (direction, most) in itertools.product(counts, directions):
             kernel = getattr(torch.nn.attention.SDPBackend, backend or "MATH")
             try:
                 with torch.nn.attention.sdpa_kernel(kernel) if backend else contextlib.nullcontext():
-                    torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
-                synchronize()
-                told = "ok"
+                    off = off_halves(-(-count // 4096) if small else count, direction == "backward")
+                told, passed = f"differs from two halves by {off:.1e} of the largest", off < 1e-2
+                told = told if passed else f"WRONG: it {told}"
             except RuntimeError as error:
-                told = " ".join(str(error).split())[:200]
-                if "CUDA error" in told:  # after which nothing runs any more in this process
-                    tell(f"{backend or 'default'}, {count} rows", told)
-                    return
-            needed = backend is None and count == 65535
-            tell(f"{backend or 'default'}, {count} rows", told, told == "ok" if needed else None)
+                told, passed = one_line(error), None if no_room(error) else False
+                told = told if passed is False else f"skipped, it does not fit the memory: {told[:60]}"
+                if on_gpu():
+                    torch.cuda.empty_cache()
+            needed = backend is None and count <= most
+            tell(f"{backend or 'default'}, {count} rows, {direction}", told, passed if passed or needed else None)
+            if not computes():
+                tell("the rest", "not run: after this error the device computes nothing any more in this process")
+                return
+
+
+def off_halves(count, backward):
+    """How far attention, and its gradients, are off the same in two halves, over the largest value."""
+    import torch
+
+    device = "cuda" if on_gpu() else "cpu"
+    *inputs, upstream = torch.randn(4, count, 16, 8, 40, device=device, dtype=torch.float16).transpose(2, 3)
+
+    def compute(part):
+        some = [tensor[part].detach().requires_grad_(backward) for tensor in inputs]
+        out = torch.nn.functional.scaled_dot_product_attention(*some)
+        return [out.detach(), *(torch.autograd.grad(out, some, upstream[part]) if backward else ())]
+
+    whole, found = compute(slice(None)), []
+    for part in (slice(count // 2), slice(count // 2, None)):
+        for one, other in zip(whole, compute(part)):
+            found.append(((one[part] - other).abs().max() / other.abs().max()).item())
+    return max(found, key=lambda value: (math.isnan(value), value))
 
 
 def runs(folder, small):
-    """Tiny runs of every script with all that a device can break: one stopped by SIGTERM against one that was not."""
+    """
+    Tiny runs of every script with all that a device can break: one stopped by SIGTERM and resumed against one that was
+    not, which is made twice, since a GPU's sums may hang on chance, and an optimizer makes more of their signs.
+    """
     import torch
 
-    for kind in list(SCRIPTS)[: 1 if small else None]:
+    for kind in measurable(small)[: 1 if small else None]:
         words = f"--mixed_precision {half(kind, small)} --max_train_steps 4 --train_batch_size 2"
         words += " --rollout_steps 2 --replay_steps 2 --reference latest --cache_latents --gradient_checkpointing"
         words += " --proportion_empty_prompts 0.5 --validation_prompts fox --validation_steps 4 --use_8bit_adam"
@@ -345,18 +434,25 @@ def runs(folder, small):
             status = stopped.code
         tell(f"{kind}: status after SIGTERM", status, status == 128 + signal.SIGTERM)
         part = Run(kind, folder, f"{words} --resume_from_checkpoint latest", name="part")
-        off = max((part.weights[name] - weight).abs().max().item() for name, weight in whole.weights.items())
+        own, off = (apart(whole, run) for run in (Run(kind, folder, words, name="again"), part))
         moved = max(weight.abs().max().item() for name, weight in whole.weights.items() if "lora_B" in name)
-        told = f"weights differ by {off:.1e} at most, of up to {moved:.1e}"
-        tell(f"{kind}: resumed against not stopped", told, off <= 1e-3 * moved)
+        told = f"weights of up to {moved:.1e} differ by {off:.1e} at most; of two that were not stopped by {own:.1e}"
+        tell(f"{kind}: resumed against not stopped", told, off <= 3 * own)
         skipped = sum(line["grad_norm"] is None for line in whole.metrics)
         tell(f"{kind}: updates skipped, scale", f"{skipped} of 4, {whole.scales[0]:g}", skipped == 0)
         torch.cuda.empty_cache() if on_gpu() else None
 
 
+def apart(one, other):
+    """The largest difference of two runs' weights."""
+    return max((other.weights[name] - weight).abs().max().item() for name, weight in one.weights.items())
+
+
 def real(folder, small, kind):
-    """Updates at the real size: seconds, memory against what docs/memory.md computes, fp16's scale from its start."""
-    for number, (updates, flags, computed) in enumerate(SCRIPTS[kind]["runs"]):
+    """Updates at the real size: seconds, memory against what estimate_memory.py computes, fp16's scale."""
+    if not precisions(kind, small):
+        tell("not run", "it wants bf16, and bf16 an Ampere card or a later one")
+    for number, (updates, flags, computed) in enumerate(SCRIPTS[kind]["runs"] if precisions(kind, small) else ()):
         words = f"--mixed_precision {half(kind, small)} --cache_latents --train_batch_size 1 --validation_prompts fox "
         words += f"--max_train_steps {1 if small else updates} {flags}"
         words += f" --rollout_steps 2 {SCRIPTS[kind]['tiny'][1]}" if small else ""
@@ -379,8 +475,47 @@ def tell_run(run, flags, computed):
         tell("peak", f"{told}; computed {computed} GiB", abs(run.allocated / 2**30 / computed - 1) < 0.15)
 
 
-def forward(folder, small):
-    """A forward of Stable Diffusion 1.5's UNet as rollouts could call it: milliseconds, and kernels launched."""
+def vae(folder, small):
+    """
+    The peak of decoding one picture of 1024² in fp32, as Stable Diffusion XL's VAE does: as computed, by cuDNN, whose
+    workspaces are in no estimate, and by PyTorch's own convolutions.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    models, side = real_size(), 8 if small else 128
+    config = dict(models.VAE, block_out_channels=(32,) * 4) if small else models.VAE
+    with FakeTensorMode(), models.Memory() as memory:
+        models.build(AutoencoderKL, torch.float32, **config).decode(torch.randn(1, 4, side, side))
+    tell("computed", gib(max(memory.peaks.values())))
+    device = "cuda" if on_gpu() else "cpu"
+    with torch.device(device):
+        decoder = models.build(AutoencoderKL, torch.float32, **config)
+    for name, allowed in {"by cuDNN": True, "by PyTorch's own convolutions": False}.items():
+        if on_gpu():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        told = ""
+        try:
+            with torch.backends.cudnn.flags(enabled=allowed):
+                decoder.decode(torch.randn(1, 4, side, side, device=device))
+                synchronize()
+        except RuntimeError as error:
+            told = f"; {one_line(error)}"
+        if on_gpu():
+            told = f"{gib(torch.cuda.max_memory_allocated())}, {gib(torch.cuda.max_memory_reserved())} reserved{told}"
+        tell(name, told or "as on a CPU")
+
+
+def bare_unet(folder, small):
+    """
+    Stable Diffusion 1.5's UNet with adapters, as its script has it.
+
+    Returns:
+        its Models, and compare(name, stock=True), which tells the milliseconds and kernels of a forward: in plain half
+        precision as in rollouts, or under autocast.
+    """
     import torch
 
     script = importlib.import_module("train_sspo_sd")
@@ -392,38 +527,51 @@ def forward(folder, small):
     script.prepare_denoiser(models, args, device)
     autocast = functools.partial(torch.autocast, device, dtype)
 
-    def compare(name, context, latents_dtype):
+    def compare(name, stock=True):
         for batch in batches:
-            noisy = torch.randn(batch, 4, side, side, device=device, dtype=latents_dtype)
+            noisy = torch.randn(batch, 4, side, side, device=device, dtype=dtype if stock else torch.float32)
             condition = {"prompt_embeds": torch.randn(batch, 77, width, device=device, dtype=dtype)}
             timesteps = torch.full((batch,), 500, device=device)
 
             def call(noisy=noisy, timesteps=timesteps, condition=condition):
                 script.predict(models.denoiser, noisy, timesteps, condition)
 
-            with torch.no_grad(), context():
+            with torch.no_grad(), script.stock_precision(models, autocast) if stock else autocast():
                 tell(f"{name}, {batch} latents", f"{milliseconds(call):.1f} ms, {len(kernels(call))} kernels")
 
-    plain = functools.partial(script.stock_precision, models, autocast)
-    compare("autocast, adapters in fp32 (as rollouts were)", autocast, torch.float32)
-    compare("plain half precision, with adapters (as rollouts are)", plain, dtype)
+    return models, compare
+
+
+def forward(folder, small):
+    """A forward of Stable Diffusion 1.5's UNet as rollouts could call it: milliseconds, and kernels launched."""
+    import torch
+
+    models, compare = bare_unet(folder, small)
+    compare("autocast, adapters in fp32 (as rollouts were)", stock=False)
+    compare("plain half precision, with adapters (as rollouts are)")
     for layer in models.adapted_layers:
         layer.enable_adapters(False)
-    compare("plain half precision, adapters off (from the base)", plain, dtype)
+    compare("plain half precision, adapters off (from the base)")
     torch.backends.cudnn.benchmark = True
-    compare("the same with cudnn.benchmark", plain, dtype)
+    compare("the same with cudnn.benchmark")
     models.denoiser.to(memory_format=torch.channels_last)
-    compare("and channels_last", plain, dtype)
+    compare("and channels_last")
     torch.backends.cudnn.benchmark = False
-    compare("channels_last without cudnn.benchmark", plain, dtype)
-    models.denoiser.to(memory_format=torch.contiguous_format)
-    name = "plain, each block of attention compiled"
+    compare("channels_last without cudnn.benchmark")
+
+
+def compiled(folder, small):
+    """The same forward with each block of attention compiled, beside it as it is. Compiling takes most of the time."""
+    models, compare = bare_unet(folder, small)
+    for layer in models.adapted_layers:
+        layer.enable_adapters(False)
+    compare("plain half precision, adapters off")
     for module in [module for module in models.denoiser.modules() if type(module).__name__ == "BasicTransformerBlock"]:
         module.compile(backend="eager" if small else "inductor")
     try:
-        compare(name, plain, dtype)
+        compare("each block of attention compiled")
     except Exception as error:  # it needs a compiler, and Triton
-        tell(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        tell("each block of attention compiled", f"{type(error).__name__}: {one_line(error)}")
 
 
 def full(folder, small):
@@ -451,8 +599,7 @@ def sync(folder, small):
     """Where the host waits for the GPU in two updates, by PyTorch's own watch."""
     import torch
 
-    kinds = ["sd"] if small else SCRIPTS
-    for kind in kinds:
+    for kind in measurable(small)[: 1 if small else None]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if on_gpu():
@@ -474,40 +621,77 @@ def xformers(folder, small):
         run = Run("sd", folder, f"{words} --enable_xformers_memory_efficient_attention")
         tell_first_update("xformers", run.metrics[0])
     except Exception as error:  # where it is missing or does not load, the message is what is asked for
-        tell("xformers", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        tell("xformers", f"{type(error).__name__}: {one_line(error)}")
 
 
 def nccl(folder, small):
-    """Data parallel of one process: accumulated updates, a checkpoint, the end. On a CPU it is gloo's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    words = f"--mixed_precision {half('sd', small)} --max_train_steps 2 --train_batch_size 2"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run = Run("sd", folder, f"{words} --rollout_steps 2 --gradient_accumulation_steps 2 --checkpointing_steps 2")
-    tell_first_update("first update", run.metrics[0])
-    tell("checkpoint", (run.path / "checkpoint-2").exists(), (run.path / "checkpoint-2").exists())
-    for message in dict.fromkeys(" ".join(str(one.message).split())[:200] for one in caught):
-        tell("warning", message)
+    """
+    Whether two processes on two cards start, end, and have the same weights after each update: its reference is what
+    the first of them had, so that its gaps are exactly 0 if the other one has that too. A lone card says what NCCL's
+    calls do with one process; a CPU has two of gloo's.
+    """
+    import torch
+
+    if on_gpu() and torch.cuda.device_count() < 2:
+        tell("two cards", "are not here: nothing of data parallel was run but the calls")
+        return group_of_one(folder)
+    words = f"--mixed_precision {half('sd', small)} --max_train_steps 3 --replay_steps 1 --reference latest"
+    words += " --train_batch_size 1 --gradient_accumulation_steps 2 --rollout_steps 2 --checkpointing_steps 2"
+    words += f" --learning_rate 1e-3 --report_to none --output_dir {folder}/two"
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0"
+    command = [sys.executable, *launcher.split(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "train_sspo_sd.py"), *inputs("sd", Path(folder), False), *words.split()]
+    environment, warned = {**os.environ, **({} if on_gpu() else {"ACCELERATE_USE_CPU": "1"})}, {}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    with subprocess.Popen(command, **pipe) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if re.search(r"[Ww]arn|\[W", line):
+                warned[one_line(line)] = None
+    tell("status at the end", process.returncode, process.returncode == 0)
+    if process.returncode:
+        return
+    for metrics in map(json.loads, Path(folder, "two", "metrics.jsonl").read_text().splitlines()):
+        tell_first_update(f"update {metrics['step']}, both processes", metrics)
+    for line in [*warned][:10]:
+        tell("warning", line)
 
 
-MINUTES = 10
+def group_of_one(folder):
+    """The calls that data parallel makes, by one process."""
+    import torch
+    from torch import distributed
+
+    backend, device = ("nccl", "cuda") if on_gpu() else ("gloo", "cpu")
+    distributed.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+    numbers, objects = torch.arange(4.0, device=device), [None]
+    distributed.all_reduce(numbers)
+    tell("all_reduce", numbers.tolist(), numbers.tolist() == [0, 1, 2, 3])
+    distributed.barrier()
+    distributed.all_gather_object(objects, {"step": 3})
+    tell("barrier, then a gather of objects", objects, objects == [{"step": 3}])
+    distributed.destroy_process_group()
+    tell("end of the group", "reached", not distributed.is_initialized())
+
+
+MINUTES = 20
 # In the order in which they run, each with its limit in seconds, of which a slow card may need more (--minutes).
 ITEMS = {
     "versions": (versions, 20),
-    "gap": (gap, 90),
-    "attention": (attention, 40),
-    "rows": (rows, 20),
-    "runs": (runs, 80),
+    "gap": (gap, 120),
+    "attention": (attention, 60),
+    "rows": (rows, 30),
+    "runs": (runs, 150),
     "sd": (functools.partial(real, kind="sd"), 90),
-    "forward": (forward, 80),
-    **{kind: (functools.partial(real, kind=kind), 60) for kind in SCRIPTS if kind != "sd"},
+    **{kind: (functools.partial(real, kind=kind), 60) for kind in SCRIPTS if kind not in ("sd", "wan")},
+    "wan": (functools.partial(real, kind="wan"), 120),
+    "vae": (vae, 30),
+    "forward": (forward, 50),
     "full": (full, 80),
+    "nccl": (nccl, 90),
     "sync": (sync, 40),
     "xformers": (xformers, 20),
-    "nccl": (nccl, 40),
+    "compiled": (compiled, 120),
 }
 
 
@@ -525,42 +709,54 @@ def command(name, figures, args):
     return [sys.executable, __file__, "--item", name, "--figures", str(figures), *(["--tiny"] if args.tiny else [])]
 
 
-def measure(name, limit, args):
-    """Runs an item in a process of its own: its seconds, figures, and what went wrong, or None."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+def measure(name, limit, left, args):
+    """
+    Runs an item in a process of its own, for `limit` seconds, or those that are left for all: its seconds, figures,
+    what went wrong, or None, and how it ended.
+    """
+    started, cut = time.monotonic(), False
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what the item makes is in it too
         figures, log = Path(folder, "figures"), Path(folder, "log")
         figures.touch()
         with log.open("w") as output:
             options = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             process = subprocess.Popen(command(name, figures, args), **options)
             try:
-                code = process.wait(limit)
+                code = process.wait(min(limit, left))
                 problem = None if code == 0 else f"it ended with status {code}"
             except subprocess.TimeoutExpired:
-                problem = f"it was still running after its {limit:.0f} seconds"
-            with contextlib.suppress(ProcessLookupError):  # what it may have started ends with it
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                cut = left < limit
+                problem = "the time for all was up" if cut else f"it was still running after its {limit:.0f} seconds"
+            finally:  # also after Ctrl-C
+                kill(process)
         found = [json.loads(line) for line in figures.read_text().splitlines()]
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    failed = problem is not None or any(figure["passed"] is False for figure in found)
-    seconds = time.monotonic() - started
-    return dict(name=name, seconds=seconds, figures=found, problem=problem, tail=tail, failed=failed)
+    failed = (problem is not None and not cut) or any(figure["passed"] is False for figure in found)
+    end, seconds = "FAILED" if failed else "not to its end" if cut else "ok", time.monotonic() - started
+    return dict(name=name, seconds=seconds, figures=found, problem=problem, tail=tail, end=end)
+
+
+def kill(process):
+    """Ends an item and all that it started; a launcher gives each of its processes a group of its own."""
+    import psutil  # which accelerate needs
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def markdown(done, left, tiny):
     """The report: a line for each item, then its figures."""
     note = ". Of tiny models: it shows that the items run, and measures nothing." if tiny else ""
-    lines = [
-        "# GPU report",
-        "",
-        time.strftime("%Y-%m-%d %H:%M") + note,
-        "",
-        "| item | seconds | |",
-        "| --- | --- | --- |",
-    ]
-    lines += [f"| {one['name']} | {one['seconds']:.0f} | {'FAILED' if one['failed'] else 'ok'} |" for one in done]
+    lines = ["# GPU report", "", time.strftime("%Y-%m-%d %H:%M") + note, ""]
+    if missed := [one["name"] for one in done if one["end"] == "not to its end"] + left:
+        lines += [f"Not run to the end: {', '.join(missed)}. `--minutes` gives more time, `--only` picks some.", ""]
+    lines += ["| item | seconds | |", "| --- | --- | --- |"]
+    lines += [f"| {one['name']} | {one['seconds']:.0f} | {one['end']} |" for one in done]
     lines += [f"| {name} | | not run |" for name in left]
     for one in done:
         lines += ["", f"## {one['name']}", "", about(one["name"])]
@@ -569,7 +765,7 @@ def markdown(done, left, tiny):
             value, mark = figure["value"].replace("|", "\\|"), {None: "", True: "ok", False: "FAILED"}
             lines.append(f"| {figure['name']} | {value} | {mark[figure['passed']]} |")
         if one["problem"]:
-            lines += ["", f"**FAILED**: {one['problem']}. The end of its log:", "```", one["tail"], "```"]
+            lines += ["", f"**{one['end']}**: {one['problem']}. The end of its log:", "```", one["tail"], "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -597,8 +793,7 @@ def main(args):
         return
     if args.item:
         os.environ["GPU_FIGURES"] = args.figures
-        with tempfile.TemporaryDirectory() as folder:
-            return ITEMS[args.item][0](folder, args.tiny)
+        return ITEMS[args.item][0](Path(args.figures).resolve().parent, args.tiny)
     if not args.tiny and not on_gpu():
         sys.exit("PyTorch finds no CUDA device here, and the report is about one: nothing was run")
     end, done = time.monotonic() + 60 * args.minutes, []
@@ -608,11 +803,11 @@ def main(args):
         if left < 5:
             break
         limit = ITEMS[name][1] * max(args.minutes / MINUTES, 1)
-        done.append(measure(name, min(limit, left), args))
-        print(f"{name}: {'FAILED' if done[-1]['failed'] else 'ok'}, {done[-1]['seconds']:.0f} s", flush=True)
+        done.append(measure(name, limit, left, args))
+        print(f"{name}: {done[-1]['end']}, {done[-1]['seconds']:.0f} s", flush=True)
         Path(args.output).write_text(markdown(done, names[number + 1 :], args.tiny))
     print(f"\n{Path(args.output).read_text()}\nwritten to {args.output}")
-    sys.exit(1 if any(one["failed"] for one in done) or len(done) < len(names) else 0)
+    sys.exit(1 if any(one["end"] == "FAILED" for one in done) else 0)
 
 
 if __name__ == "__main__":
