@@ -2317,9 +2317,8 @@ def main(args):
         cache.fill(models, accelerator)
         load, encode = cache.load, list  # what it loads is encoded
         models.vae.to("cpu")
-    policy = models.denoiser.to(
-        device
-    )  # not prepared: autocast is where the code says so, and gradients are averaged here
+    # Not prepared by accelerate: autocast is where the code says so, and the loop averages the gradients.
+    policy = models.denoiser.to(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer, schedule = accelerator.prepare(*make_optimizer(trained, args))
     register_checkpoint_hooks(accelerator, models, args)
@@ -2453,10 +2452,8 @@ if __name__ == "__main__":
         message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
         advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
-    except RuntimeError as error:
-        if not re.search(
-            "out of memory|unable to find an engine|_ALLOC_FAILED", str(error)
-        ):  # PyTorch's words and cuDNN's
+    except RuntimeError as error:  # which torch.OutOfMemoryError is, and what cuDNN and cuBLAS say of full memory
+        if not re.search("out of memory|unable to find an engine|_ALLOC_FAILED", str(error)):
             raise
         sys.exit(
             f"{Path(__file__).name}: out of memory: lower --rollout_batch_size, --draws_per_pair or, with more "

@@ -10,8 +10,8 @@ have a shape and no contents. Every storage is counted from its allocation to it
 
 Fake tensors on the CPU stand in for those on a GPU, where three things are otherwise, and are set right here: autocast
 runs norms and upsampling in fp32 there, the backward of flash attention sums in fp32, and AdamW steps all weights at
-once, with temporaries of their size. On both, attention is a fused kernel. fp16 is computed as bf16. What allocator and
-libraries take beside tensors is not known beforehand: CONTEXT and SLACK are assumptions. Several GPUs need no more
+once, with temporaries of their size. On both, attention is a fused kernel. fp16 is computed as bf16. What allocator
+and libraries take beside tensors is not known beforehand: CONTEXT and SLACK are assumptions. Several GPUs need no more
 each: the scripts average the gradients where they are.
 """
 
