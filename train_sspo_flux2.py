@@ -2254,8 +2254,8 @@ def main(args):
                             totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
                         if accelerator.sync_gradients:
                             if accelerator.num_processes > 1:  # DistributedDataParallel would keep each gradient twice
-                                for weight in trained:
-                                    torch.distributed.all_reduce(weight.grad.div_(accelerator.num_processes))
+                                for gradient in [weight.grad for weight in trained if weight.grad is not None]:
+                                    torch.distributed.all_reduce(gradient.div_(accelerator.num_processes))
                             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                             means = accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist()
                             metrics = dict(zip(totals, means))
