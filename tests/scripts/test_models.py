@@ -212,16 +212,16 @@ def test_a_motion_adapter_that_is_not_there_is_named(bases, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "flag, options",
     [
-        dict(train_batch_size=8),
-        dict(train_batch_size=8, draws_per_pair=2, split_pairs=True),
-        dict(train_batch_size=1, rollout_batch_size=8, rollout_guidance_scale=7.5),
-        dict(train_batch_size=1, rollout_batch_size=16),
+        ("train", dict(train_batch_size=8)),
+        ("train", dict(train_batch_size=8, draws_per_pair=2, split_pairs=True)),
+        ("rollout", dict(train_batch_size=1, rollout_batch_size=8, rollout_guidance_scale=7.5)),
+        ("rollout", dict(train_batch_size=1, rollout_batch_size=16)),
     ],
 )
-def test_more_attention_than_cuda_takes_is_refused(bases, options):
+def test_more_attention_than_cuda_takes_is_refused(bases, flag, options):
     """Its kernels take 65,535 rows: the places of a clip's latents, of all clips that go through the model at once."""
     load("video", bases["video"], bases["adapter"], resolution=504, **options)
-    message = "16 clips of 512 x 512 at once are 65536 rows of attention .* lower --train_batch_size"
+    message = f"16 clips of 512 x 512 at once are 65536 rows of attention .* lower --{flag}_batch_size"
     refused("video", message, bases["video"], bases["adapter"], resolution=512, **options)
