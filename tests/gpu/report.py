@@ -60,12 +60,12 @@ SCRIPTS = {
         tiny=("animate_diff", "--resolution 32 --num_frames 4 --frame_stride 2"),
         precisions=("fp16", "bf16"),
         named="--motion_adapter_name_or_path -",
-        runs=[(2, CLIP, 4.8), (2, f"{CLIP} --split_pairs", 3.6)],
+        runs=[(2, CLIP, 4.8), (2, f"{CLIP} --split_pairs", 3.7)],
     ),
     "flux2": dict(
         tiny=("flux2", "--resolution 64 --center_crop"),
         precisions=("bf16",),
-        runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.6)],
+        runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.7)],
     ),
     "wan": dict(
         tiny=("wan", "--height 32 --width 32 --num_frames 5"),
