@@ -668,7 +668,9 @@ def check_environment(args):
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
     if args.mixed_precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        raise UserError("--mixed_precision bf16 needs an Ampere card or a later one, as this is not: use no or fp16")
+        raise UserError(
+            "--mixed_precision bf16 needs an Ampere card or a later one: use no, or fp16 if the script takes it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------

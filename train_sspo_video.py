@@ -679,7 +679,9 @@ def check_environment(args):
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
     if args.mixed_precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        raise UserError("--mixed_precision bf16 needs an Ampere card or a later one, as this is not: use no or fp16")
+        raise UserError(
+            "--mixed_precision bf16 needs an Ampere card or a later one: use no, or fp16 if the script takes it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -703,8 +705,9 @@ FRAMES_PER_SECOND = 8  # of what is written
 STRIP = 8  # frames of a clip in its strip, at most
 VAE_FRAMES = 8  # frames that the VAE takes at once
 ATTENTION_ROWS = 65535  # that CUDA's kernels of attention take at once
-# Rows x heads in the backward of flash attention, which counts in 32 bits and pads sequences to 128 and heads to 64.
-ATTENTION_HEADS = 2**31 // (128 * 64)
+# Rows x heads that flash attention's backward takes: by its source it counts in 32 bits, sequences padded to 128 and
+# heads to 64, and more is an illegal access (PriorLabs/TabPFN#1184). Not tried by us: tests/gpu/report.py does.
+ATTENTION_BACKWARD = 2**31 // (128 * 64)
 # What motion adapters are trained with. The image model's own schedule is another one.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
@@ -818,7 +821,7 @@ def check_attention(args, heads):
     drawn = max(drawn, pictures * (2 if args.validation_guidance_scale > 1 else 1))
     xformers, (height, width) = args.enable_xformers_memory_efficient_attention, picture_size(args)
     of_clip = (height // 8) * (width // 8) * (heads if xformers else 1)
-    backward = ATTENTION_ROWS if xformers else min(ATTENTION_ROWS, ATTENTION_HEADS // heads)
+    backward = ATTENTION_ROWS if xformers else min(ATTENTION_ROWS, ATTENTION_BACKWARD // heads)
     for clips, most, flags in (
         (trained, backward, "--train_batch_size or --draws_per_pair"),
         (drawn, ATTENTION_ROWS, "--rollout_batch_size"),

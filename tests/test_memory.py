@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from helpers import ROOT, flags, long, quick_first
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_sspo_sd
 import train_sspo_sdxl
@@ -61,6 +62,26 @@ def test_estimate_is_what_a_real_run_allocates(middling, more, monkeypatch):
     words = [*FLAGS, *more.split()]
     found = estimate_memory.estimate("sd", words)
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)
+
+
+def test_what_a_gpu_needs_beside_a_cpu_is_counted(monkeypatch):
+    """The sums of flash attention's backward, by hand, and norms and upsampling that autocast runs in fp32."""
+
+    def peak():
+        with FakeTensorMode(), estimate_memory.Memory() as memory:
+            query, key, value = (torch.empty(2, 8, 130, 40, requires_grad=True) for _ in range(3))
+            torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+        return max(memory.peaks.values())
+
+    assert estimate_memory.flash_sums(torch.empty(2, 8, 130, 40)) == 4 * 2 * 8 * 256 * 64
+    counted = peak()
+    monkeypatch.setattr(estimate_memory, "flash_sums", lambda query: 0)
+    assert counted > peak()
+    script, args = estimate_memory.parse("sd", FLAGS)
+    with estimate_memory.replaced(script, estimate_memory.Memory()), torch.autocast("cpu", torch.bfloat16):
+        pixels = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+        assert torch.nn.functional.rms_norm(pixels, (2,)).dtype == torch.float32
+        assert torch.nn.functional.interpolate(pixels, scale_factor=2.0, mode="nearest").dtype == torch.float32
 
 
 def test_fake_clips_are_counted_as_real_ones(monkeypatch, tmp_path):
