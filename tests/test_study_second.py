@@ -165,6 +165,9 @@ def test_all_captions_are_held_out_in_turn():
         assert len(mine) == 12 and sorted(mine + others) == sorted(second.CAPTIONS)
         counts[[second.CAPTIONS.index(caption) for caption in mine]] += 1
     assert set(counts) == {3}
+    aligned = [second.measured(seed)[1] for seed in second.SEEDS]
+    assert all(len(shown) == 12 and not {*shown} & {*second.held_out(seed)[0]} for seed, shown in enumerate(aligned))
+    assert len({caption for shown in aligned for caption in shown}) == 40
 
 
 def record(run, mmd, error=0.1):
@@ -218,8 +221,9 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
     for run in runs:
         assert run.guidances[0] == 1
         if not second.ROWS[run.row].trained:
-            assert run.flags()["seed"] == run.seed
             continue
+        fresh = run.task != "start" and run.stage == "main"
+        assert run.flags()["seed"] == run.seed + 1000 * fresh, "SFT goes on with noise that its start has not seen"
         args = second.script.parse_args(run.command_line("start", "winners", "out"))
         assert args.train_mode == "full" and args.rollout_guidance_scale == 1 and args.rivals_per_winner is None
         assert args.unpaired == run.row.startswith("unpaired")
@@ -231,7 +235,22 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
     for run in runs:
         if run.task == "T1" and run.stage == "tuning" and second.ROWS[run.row].trained:
             tuned.setdefault((run.base, run.row), []).append(run.seed)
-    assert {tuple(seeds) for seeds in tuned.values()} == {(100,) * 4 + (101,) * 2 + (102,) * 2}, "all rows alike"
+    # The best rate that `told` makes up is the highest of SSPO's grid and within that of SFT.
+    alike = {row: (100,) * (4 + (second.ROWS[row].grid is not second.RATES)) for _, row in tuned}
+    assert all(tuple(seeds) == alike[row] + (101,) * 2 + (102,) * 2 for (_, row), seeds in tuned.items())
+
+
+def test_the_neighbour_beyond_an_edge_is_tried_too(monkeypatch):
+    """Where the least rate or margin is best, the next one; where a rate within the grid is, none."""
+    monkeypatch.setattr(second, "told", lambda run: record(run, lambda *_: wanted[run.row](dict(run.settings))))
+    rate, margin = "learning_rate", "margin"
+    wanted = {"sft constant": lambda trial: abs(trial[rate] - 1e-4), "unpaired": lambda trial: trial[rate]}
+    wanted["hinge"] = lambda trial: trial[rate] + trial[margin]
+    assert second.beyond("first", "sft constant") == []
+    assert second.beyond("first", "unpaired") == [{rate: 1e-5, "beta_dpo": 200.0}]
+    assert second.beyond("first", "hinge") == [{rate: 1e-5, margin: 0.001}, {rate: 3e-5, margin: 1e-4}]
+    assert second.best_two("first", "unpaired")[0][rate] == 1e-5
+    assert {second.best_two("first", "hinge")[0][margin]} == {1e-4}
 
 
 def test_hinge_is_its_formula():
@@ -394,7 +413,8 @@ def test_what_is_committed_has_been_planned():
     for line in runs:
         flags = json.loads(line["flags"])
         assert line["commit"] and line["cpu"] and line["row"] in second.ROWS
-        assert not flags or flags["seed"] == int(line["seed"])
+        fresh = line["task"] != "start" and line["stage"] == "main"
+        assert not flags or flags["seed"] == int(line["seed"]) + 1000 * fresh
         if line["task"] == "T1" and flags:
             assert flags["max_train_steps"] == second.ROWS[line["row"]].flags["max_train_steps"]
 
@@ -419,10 +439,15 @@ def made_up(told, monkeypatch):
                     gain = gains.get(run.row, (0, 0))[run.base == "second"] if guidance == 1 else 0
                     line = {"model": model, "guidance": guidance, "part": "held out", "caption": caption}
                     line["mmd"] = 0.3 + gain + of_seed + 0.005 * rng.normal()
-                    line |= {"score": 0.9, "second score": 0.9, "recall": 0.4 if run.row == "sign" else 0.5}
+                    line |= {
+                        "score": 0.92 if run.row == "unpaired" else 0.9,
+                        "second score": 0.9,
+                        "recall": 0.4 if run.row == "sign" else 0.5,
+                    }
                     line |= {"precision": 0.7, "memorisation": 0.98}
                     lines += [line, line | {"part": "aligned", "mmd": line["mmd"] - 0.1}]
-        return {"captions": lines, "seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
+        start = f"{run.seed}" if run.row != "extrapolated" or run.seed != 7 else "made again elsewhere"
+        return {"captions": lines, "start": start, "seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
 
     monkeypatch.setattr(second, "told", main)
 
@@ -437,6 +462,26 @@ def test_the_family_is_told_as_the_plan_says(made_up):
     assert {word for (_, place), (_, word) in told.items() if place == "own best"} == {"equivalent"}
     both = next(both for row, _, both, _, _ in second_report.family() if row == "unpaired")
     assert [one["seeds"] for one in both] == [8, 8] and both[0]["mean"] == pytest.approx(-0.05, abs=0.005)
+    assert second_report.compare("first", "extrapolated", "guidance 1")["seeds"] == 7, "another start is left out"
+    crossed = second_report.compare("first", "unpaired", "guidance 1", sft_place="own best")
+    assert crossed["mean"] == pytest.approx(-0.05, abs=0.005)
+
+
+def test_the_caption_that_carries_a_difference_is_found(made_up, monkeypatch):
+    """Unpaired better on one caption alone: without it nothing is left."""
+    main, special = second.told, second.held_out(0)[0][0]
+
+    def one_caption(run):
+        made = main(run)
+        for line in made["captions"]:
+            if run.row == "unpaired" and line["guidance"] == 1 and line["part"] == "held out":
+                line["mmd"] += 0.05 - (line["caption"] == special)
+        return made
+
+    monkeypatch.setattr(second, "told", one_caption)
+    found = second_report.compare("first", "unpaired", "guidance 1")
+    assert found["mean"] < -0.01
+    assert found["without"][1] == special and abs(found["without"][0]) < 0.005
 
 
 def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path, capsys):
@@ -449,6 +494,10 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
     assert "beta_dpo 200, learning_rate 0.0001 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
+    beside = [
+        line.split(" | ") for line in printed.splitlines() if line.startswith("| unpaired | guidance 1 | first ")
+    ]
+    assert beside[0][3:5] == ["+0.020 [+0.020, +0.020]", "yes"] and beside[0][5].startswith("-0.0")
     (line,) = [line for line in second_report.finer_table("first").splitlines() if line.startswith("| unpaired | 1 ")]
     assert line.split(" | ")[2] == "3" and float(line.split(" | ")[3]) == pytest.approx(0.25, abs=0.01)
     axes = second_report.plot_work().axes

@@ -68,6 +68,8 @@ SSPO = {"max_train_steps": 60, "draws_per_pair": 4, "replay_steps": 15, "rollout
 RATES = [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4, 1e-3)]
 SSPO_GRID = [{"learning_rate": rate, "beta_dpo": beta} for beta in (200.0, 2000.0) for rate in (3e-5, 1e-4)]
 HINGE_GRID = [{"learning_rate": rate, "margin": margin} for margin in (0.01, 0.001) for rate in (3e-5, 1e-4)]
+# The neighbour that is tried too where a row's best setting lies at the edge of its grid.
+BEYOND = {"learning_rate": {3e-5: 1e-5, 1e-4: 3e-4, 1e-3: 3e-3}, "margin": {0.001: 1e-4}}
 START_RATES = (5e-4, 1e-3, 1e-4, 2.5e-4)  # the last two came later: see the plan's end
 START_GRID = [{"learning_rate": rate, "max_train_steps": n} for n in (1500, 3000) for rate in START_RATES]
 AVERAGES = tuple(f"average {decay}" for decay in (0.98, 0.99, 0.995))
@@ -107,13 +109,17 @@ ROWS = {
     "unpaired, latest": Row({**UNPAIRED, "reference": "latest"}, like="unpaired"),
     "unpaired, initial": Row({**UNPAIRED, "reference": "initial"}, like="unpaired"),
     "unpaired, base": Row({**UNPAIRED, "reference": "initial"}, like="unpaired"),  # the base, not the start
+    # What is left of it without the rival, and SFT in as large updates: both of the same work
+    "unpaired, no rival": Row({**UNPAIRED, "rival_weight": 0.0}, like="unpaired"),
+    "sft, 4 draws": Row({"loss_type": "sft", "max_train_steps": 210, "draws_per_pair": 4}, like="sft constant"),
 }
 SFT_ROWS = ("sft constant", "sft decaying", "sft averaged")
 FAMILY = ("sign", "indicator", "none, rival 0.3", "hinge", "unpaired", "extrapolated")
 TUNED = tuple(row for row in ROWS if ROWS[row].like is None)
 T1_FIRST = ("start", *SFT_ROWS, *FAMILY)  # all seeds
 T1_THEN = ("unpaired, rival 0.3", "unpaired, rival 4", "unpaired, latest", "unpaired, initial")  # the first four
-T2 = ("start", "sft decaying", "extrapolated", "unpaired", "unpaired, latest", "unpaired, base")
+T1_THEN += ("unpaired, no rival", "sft, 4 draws")
+T2 = ("start", "extrapolated", "unpaired", "unpaired, latest", "unpaired, base")  # and the best SFT
 SHARES = (0.2, 0.4)  # of T2's winners that are degraded
 
 
@@ -122,6 +128,13 @@ def held_out(seed):
     order = np.random.default_rng(16).permutation(CAPTIONS).tolist()
     mine = [order[(HELD_OUT * seed + place) % len(order)] for place in range(HELD_OUT)]
     return mine, [caption for caption in order if caption not in mine]
+
+
+def measured(seed):
+    """(held-out captions of a seed, as many of those that its winners show): both move on with the seed."""
+    mine, others = held_out(seed)
+    first = HELD_OUT * seed % len(others)
+    return mine, (others[first:] + others[:first])[:HELD_OUT]
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,8 @@ class Run:
     def flags(self):
         """Those of train_sspo_sd.py but for files, and `margin`, which is none of its."""
         flags = {**COMMON, **ROWS[self.row].flags, **dict(self.settings), "seed": self.seed}
+        if self.task != "start" and self.stage == "main":
+            flags["seed"] += 1000  # else SFT would meet the noise again that its start was trained on
         if self.task == "start":
             flags["checkpointing_steps"] = 250  # it is long, and resumes
         elif "half" in self.models:
@@ -203,7 +218,10 @@ def told(run):
 @functools.cache
 def collected():
     """{name: record} of data/, its error and what was measured of each caption."""
-    records = {line["run"]: {"error": float(line["error"]), "captions": []} for line in read_csv(DATA / "runs.csv")}
+    records = {}
+    for line in read_csv(DATA / "runs.csv"):
+        numbers = {name: float(line[name]) for name in ("error", "seconds", "forwards", "backwards")}
+        records[line["run"]] = {"start": line["start"], **numbers, "captions": []}
     for line in read_csv(DATA / "captions.csv.gz"):
         numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line[name]}
         records[line["run"]]["captions"].append(line | numbers)
@@ -223,7 +241,8 @@ def start_of(base, seed, share=0.0):
 def trials(base, row, seed, grid=None):
     owner = ROWS[row].of or row
     models = [model for name, other in ROWS.items() if owner in (name, other.of) for model in other.models]
-    return [Run("T1", base, owner, seed, settings_of(trial), tuple(models)) for trial in grid or ROWS[row].grid]
+    grid = ROWS[row].grid if grid is None else grid
+    return [Run("T1", base, owner, seed, settings_of(trial), tuple(models)) for trial in grid]
 
 
 def mean_mmd(runs, model, guidance):
@@ -238,11 +257,23 @@ def criterion(runs, model):
     return (values[0] + min(values)) / 2
 
 
+def ranked(base, row, grid):
+    """Settings by how they do with the first tuning seed, each by its best model; the best comes first."""
+    first = trials(base, row, TUNING[0], grid)
+    first.sort(key=lambda run: min(criterion([run], model) for model in ROWS[row].models))
+    return [dict(run.settings) for run in first]
+
+
+def beyond(base, row):
+    """The settings that are tried too since the best lies at an edge of the grid."""
+    best = ranked(base, row, ROWS[row].grid)[0]
+    further = [{**best, name: BEYOND.get(name, {}).get(value, value)} for name, value in best.items()]
+    return [trial for trial in further if trial not in ROWS[row].grid]
+
+
 def best_two(base, row):
-    """The two settings that do best with the first tuning seed, each by its best model: these get the other seeds."""
-    first = trials(base, row, TUNING[0])
-    ranked = sorted(first, key=lambda run: min(criterion([run], model) for model in ROWS[row].models))
-    return [dict(run.settings) for run in ranked[:2]]
+    """The two settings that do best with the first tuning seed: these get the other seeds."""
+    return ranked(base, row, [*ROWS[row].grid, *beyond(base, row)])[:2]
 
 
 @functools.cache
@@ -300,6 +331,7 @@ def stages():
         yield lambda base=base: start_trials(base)
         yield lambda base=base: [start_of(base, seed) for seed in TUNING]
         yield lambda base=base: [run for row in TUNED for run in trials(base, row, TUNING[0])]
+        yield lambda base=base: [run for row in TUNED for run in trials(base, row, TUNING[0], beyond(base, row))]
         yield lambda base=base: [
             run for row in TUNED for seed in TUNING[1:] for run in trials(base, row, seed, best_two(base, row))
         ]
@@ -310,7 +342,9 @@ def stages():
     yield lambda: [*finer_runs()]
     for seed in SEEDS[:3]:
         yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
-        yield lambda seed=seed: [main_run("T2", "first", row, seed, share) for share in SHARES for row in T2]
+        yield lambda seed=seed: [
+            main_run("T2", "first", row, seed, share) for share in SHARES for row in (*T2, best_sft("first"))
+        ]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -495,9 +529,9 @@ def measure(pipeline, run, model):
     """A dict for each guidance and caption: what data/columns.md names, and `pictures`, the scorers' word on each."""
     lines = []
     for guidance in run.guidances[:1] if model == "half" else run.guidances:
-        for part, captions in zip(("held out", "aligned"), held_out(run.seed)):
+        for part, captions in zip(("held out", "aligned"), measured(run.seed)):
             count = PICTURES[run.stage].get(part, 0)
-            for place, caption in enumerate(captions[:HELD_OUT] if count else ()):
+            for place, caption in enumerate(captions if count else ()):
                 noise = first_noise(run.seed, part, place)
                 pictures = draw(pipeline, [caption] * count, noise, guidance, run.steps)
                 made = measures.features(to_tensor(pictures))
@@ -561,15 +595,15 @@ def carry_out(run):
         for model, weights in models_of(run, folder, notes):
             pipeline.unet.load_state_dict(weights)
             record["captions"] += measure(pipeline, run, model)
-            if run.stage == "main" and not kept(run, model).exists():
-                kept(run, model).parent.mkdir(exist_ok=True)
-                save_file({name: weight.half().contiguous() for name, weight in weights.items()}, kept(run, model))
+            if run.stage == "main":
+                in_half = {name: weight.half().contiguous() for name, weight in weights.items()}
+                script.write_tensors(kept(run, model), in_half)
         record["error"] = round(study.heldout_error(pipeline, CAPTIONS), 5)
         if run.task == "start":
             pipeline.to(torch.float16).save_pretrained(folder.with_suffix(".half"))
-            shutil.rmtree(folder)
             shutil.rmtree(WORK / "starts" / run.name, ignore_errors=True)
             folder.with_suffix(".half").rename(WORK / "starts" / run.name)
+            shutil.rmtree(folder)  # the last thing: until then a run that is killed resumes from its checkpoints
     run.result.parent.mkdir(parents=True, exist_ok=True)
     partial = run.result.with_suffix(".partial")
     partial.write_text(json.dumps(record) + "\n")

@@ -437,7 +437,8 @@ def time_the_loop(notes):
         return batches()
 
     def timed_result(*given, **named):
-        notes["seconds"] = time.process_time() - started - notes["seconds"]
+        begun = started or time.process_time()  # a run that resumed behind its last update had no loop
+        notes["seconds"] = time.process_time() - begun - notes["seconds"]
         save_result(*given, **named)
 
     script.make_loader, script.save_result = timed_loader, timed_result
