@@ -6,7 +6,7 @@
 # dependencies = [
 #     "torch>=2.6",
 #     "diffusers>=0.42,<0.43",
-#     "transformers>=5.0,<6",
+#     "transformers>=5.3,<6",
 #     "accelerate>=1.15,<2",
 #     "datasets>=5.0,<6",
 #     "peft>=0.21,<0.22",
@@ -25,19 +25,20 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
   2. Self-sample.  The rival z_r = sample(reference, caption). It stays a latent.
   3. Errors.       One (t, noise) for both halves. e_w, e_r: mean squared denoising errors of winner and rival under
                    the policy and under the reference, and gap = e(policy) - e(reference).
-  4. Switch.       x = e_w(reference) - e_w(policy). If x < 0 the reference knows the winner better than the policy
-                   does, so its sample is more likely a winner than a loser: s = -1 (sign) or 0 (indicator), else +1.
+  4. Switch.       x = e_w(reference) - e_w(policy). If x < 0 the reference predicts the winner better than the policy
+                   does, and its sample is taken for a winner, not a loser: s = -1 (--ssr sign) or 0 (indicator).
+                   Otherwise, and always with --ssr none, s = +1.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
-The five numbers stand at the functions below and at the lines of the loop, which is in `main` at the end of the file.
-At the first update policy and reference are the same model, so L = ln 2 exactly; it stays near ln 2 for long, and no
-curve tells a good run: look at the samples. The defaults are the paper's, where it tells them (docs/method.md). In our
-study --ssr none --rival_weight 0.3 --draws_per_pair 4, as in the command below, did better (examples/study).
+The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
+first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
+good runs from bad ones reliably: look at the samples. The defaults follow the paper where it states them
+(docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
 
-Beside train_sspo_sd.py: two text encoders, whose second also gives a pooled embedding, and micro-conditioning, the
-original size, the crop and the target size of each picture, which the rival is sampled with too. The VAE runs in fp32,
-because the stock one overflows in fp16, unless --pretrained_vae_model_name_or_path names one that does not. Refiners,
-models distilled to few steps (LCM, TCD) and inpainting models are refused.
+What differs from train_sspo_sd.py: there are two text encoders, the second of which also gives a pooled embedding, and
+micro-conditioning (original size, crop and target size of each picture), with which the rival is sampled too. The VAE
+runs in fp32, because the stock one overflows in fp16; --pretrained_vae_model_name_or_path can name one that does not.
+Refiners, models distilled to few steps (LCM, TCD) and inpainting models are refused.
 
     accelerate launch train_sspo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
@@ -56,12 +57,14 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import uuid
 from contextlib import contextmanager, nullcontext
@@ -70,7 +73,7 @@ from datetime import timedelta
 from pathlib import Path
 
 
-# Before the libraries are imported: their notices of image processors and 4-bit kernels concern nothing here.
+# Set before the imports, to silence notices about image processors and 4-bit kernels, which are not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -85,7 +88,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedType,
-    DynamoBackend,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -122,7 +124,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 logger = get_logger(Path(__file__).stem)
 
-# The name of the adapter in LoRA mode: diffusers looks its rank and alpha up under it when it saves them.
+# The LoRA adapter's name. It has to be "default": diffusers looks up rank and alpha under that name when saving.
 POLICY = "default"
 
 
@@ -146,8 +148,8 @@ def keyed_generator(*key):
     """
     A CPU generator whose seed is a hash of `key` (strings and integers).
 
-    Every random draw of a run comes from one, keyed by what it belongs to: so a run depends neither on the order of
-    things nor on how a batch is laid out over processes, and a resumed run needs no random state.
+    Every random draw of a run comes from such a generator, keyed by what it belongs to. So a run depends neither on
+    the order of work nor on how a batch is split over processes, and a resumed run needs no saved random state.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -169,13 +171,13 @@ class ReplayBank:
     """
     1. Replay (random checkpoint replay). The policy's past, on disk.
 
-    `iteration-0` is the base, `iteration-k` the policy at the end of iteration k. `size` entries are kept, the base
-    included; past it the oldest but the base goes. What an iteration draws is a function of its number and the seed,
-    not of the files: it is the same on every process, and a resumed run draws what it would have drawn.
+    `iteration-0` is the base, `iteration-k` the policy at the end of iteration k. An iteration draws from at most
+    `size` of them: the base and the newest. Which one depends on the iteration's number and the seed only, not on the
+    files, so it is the same on every process and after a resume.
 
     Args:
         directory: where the entries are, as safetensors.
-        size: entries kept.
+        size: entries to draw from, the base included.
         reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (as DITTO).
         seed: of the draws.
     """
@@ -208,7 +210,7 @@ class ReplayBank:
             raise UserError(f"{self.path(index)} is missing or damaged: {one_line(error)}") from error
 
     def evict(self, iterations):
-        """Deletes what none of `iterations` (the running one, and those of the checkpoints on disk) draws from."""
+        """Deletes what none of `iterations` (the next one, and those that checkpoints resume in) can draw from."""
         needed = {self.path(index) for iteration in iterations for index in self.live(iteration)}
         for path in set(self.directory.glob("iteration-*.safetensors")) - needed:
             path.unlink()
@@ -219,11 +221,11 @@ class ReplayBank:
 @contextmanager
 def as_reference(models):
     """
-    Gives the denoiser with the reference's weights, without gradients.
+    Yields the denoiser with the reference's weights, without gradients.
 
-    It is the policy's denoiser, so there is only one. For that time the weights change places, which copies nothing;
-    where the reference is LoRA's base, the adapter is off, which is the same to the last bit and faster. Not to be
-    used between the policy's forward and its backward, which needs its own weights: the reference always goes first.
+    There is only one denoiser. Inside this context it holds the reference's weights: policy and reference swap
+    pointers, nothing is copied. Where the reference is the base of a LoRA run, the adapter is switched off instead:
+    same bits, and faster. Never enter it between the policy's forward and backward: the reference always goes first.
     """
 
     def swap(adapter_on):
@@ -248,10 +250,10 @@ def self_sample(
     denoiser, scheduler, noise, condition, unconditional, steps, guidance_scale, winners=None, strength=1.0
 ):
     """
-    2. Self-sample. What the stock pipeline would draw, kept as latents in training space.
+    2. Self-sample. Samples as the stock pipeline does, but returns latents in training space: nothing is decoded.
 
     Args:
-        denoiser: with the reference's weights.
+        denoiser: with the weights to sample from (the reference's; for validation, the policy's).
         scheduler: a diffusers scheduler of the model's noise schedule.
         noise: (b, ...) standard normal, in the precision that latents have between two steps.
         condition, unconditional: batches of conditions of length b; the second is for guidance.
@@ -263,12 +265,12 @@ def self_sample(
     """
     guided = guidance_scale > 1
     both = join(unconditional, condition) if guided else condition
-    scheduler.set_timesteps(steps)  # left on the CPU: each look at one on the accelerator would wait for its work
+    scheduler.set_timesteps(steps)  # these stay on the CPU: reading one from the GPU would be a CPU-GPU sync
     timesteps, latents = scheduler.timesteps, noise * scheduler.init_noise_sigma
     if strength < 1:
         timesteps = timesteps[-int(steps * strength) * scheduler.order :]
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # it would search for it otherwise
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))  # else step() would search for it
     if strength < 1:
         latents = scheduler.add_noise(winners.to(noise.dtype), noise, timesteps[:1].expand(len(noise)))
     for timestep, on_device in zip(timesteps, timesteps.to(noise.device)):
@@ -294,10 +296,11 @@ def sample_rivals(models, batch, args, autocast):
     winners = batch["winner"]
     noise = keyed_noise("rival", args.seed, batch["keys"], winners.shape[1:])
     noise = noise.to(winners.device, rollout_dtype(models, args))
-    settings = (args.rollout_steps, args.rollout_guidance_scale, winners, args.rollout_strength)
+    settings = dict(steps=args.rollout_steps, guidance_scale=args.rollout_guidance_scale)
+    settings |= dict(winners=winners, strength=args.rollout_strength)
     with as_reference(models) as reference, stock_precision(models, autocast):
         scheduler = rollout_scheduler(models, args)
-        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], *settings)
+        return self_sample(reference, scheduler, noise, batch["condition"], batch["unconditional"], **settings)
 
 
 # Copied from train_sspo_sd.denoising_errors
@@ -328,8 +331,8 @@ def pair_errors(denoiser, models, batch, noise, timesteps, split):
     """
     3. Errors of winners and rivals, (b, draws) each: the same (t, noise) and caption for both halves of a pair.
 
-    With `split` the winners go first and their activations are not kept for the backward but computed again there,
-    when those of the rivals are freed: half the memory.
+    With `split` winners and rivals go through the model one after the other, and the backward recomputes the winners'
+    activations after it has freed the rivals': half the memory.
     """
     winner, rival, condition = batch["winner"], batch["rival"], batch["condition"]
     if not split:
@@ -365,10 +368,10 @@ def sspo_loss(
     is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
 
     `unpaired` gives each half a term of its own: -log sigmoid(-beta/2 * gap_w) - w * log sigmoid(s * beta/2 * gap_r)
-    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). The paired
-    loss has one factor for both halves, which dies where the rival's gap is large, although the winner may have got
-    worse by then (arXiv 2512.07175). Here such a winner is learned again, and a rival that is far away is no longer
-    pushed. At the first update both forms have the same gradient; this one's loss is (1 + w) ln 2.
+    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). In the
+    paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap is large, even if
+    the winner has got worse by then (arXiv 2512.07175). Here such a winner is still learned, and a rival that is far
+    away is no longer pushed. At the first update both forms have the same gradient; this loss is (1 + w) ln 2.
 
     Args:
         policy_winner, policy_rival, reference_winner, reference_rival: denoising errors (see denoising_errors), fp32,
@@ -381,8 +384,6 @@ def sspo_loss(
     Returns:
         the scalar loss, and a dict of detached scalars: dpo_fraction (share of examples with s = +1),
         implicit_accuracy (share of draws with gap_w < gap_r; a tie counts one half), the policy's errors and the gaps.
-    Raises:
-        KeyError: for another ssr.
     """
     gap_winner = policy_winner - reference_winner
     gap_rival = policy_rival - reference_rival
@@ -400,10 +401,10 @@ def sspo_loss(
         loss = -F.logsigmoid(-beta / 2 * (gap_winner - s * rival_weight * gap_rival))
     loss = (loss + sft_weight * policy_winner).mean()
 
-    told_apart = (gap_rival - gap_winner).detach().sign()  # 1 right, -1 wrong, 0 a tie
+    ranking = (gap_rival - gap_winner).detach().sign()  # 1 where the winner's gap is lower, -1 where not, 0 a tie
     metrics = {
         "dpo_fraction": (s == 1).float().mean(),
-        "implicit_accuracy": (told_apart + 1).mean() / 2,
+        "implicit_accuracy": (ranking + 1).mean() / 2,
         "mse/policy_winner": policy_winner.detach().mean(),
         "mse/policy_rival": policy_rival.detach().mean(),
         "gap/winner": gap_winner.detach().mean(),
@@ -488,7 +489,7 @@ def add_shared_arguments(parser):
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub name or folder of the base model.")
     add("--revision", help="Branch, tag or commit of the base model on the hub.")
-    add("--variant", help="Variant of the base model's files, for example fp16.")
+    add("--variant", help="Variant of the base model's files, such as fp16, where it has no others.")
     add("--cache_dir", help="Where downloaded models and data sets are kept.")
 
     add = parser.add_argument_group("winners").add_argument
@@ -498,15 +499,15 @@ def add_shared_arguments(parser):
     add("--caption_column", help="Default: the first that exists of text, caption, txt, prompt.")
     add("--max_train_samples", type=natural, help="Use only the first N rows.")
     add("--streaming", action="store_true",
-        help="Read the data as training goes, with at most one loader process per rank.")
+        help="Read the data set as it is needed, not all of it first. At most one loader process per rank.")
     add("--proportion_empty_prompts", type=share, default=0.0,
         help="Share of pairs whose caption is dropped, for the winner and the rival alike.")
     add("--dataloader_num_workers", type=not_negative, default=0, help="Loader processes per rank.")
     add("--on_bad_example", choices=["stop", "skip"], default="stop",
         help="What to do with a winner that cannot be read: stop, or skip it and name it in the log.")
     add("--cache_latents", action="store_true",
-        help="Encode winners and captions once, to disk, and take the VAE and the text encoder off the accelerator. "
-        "Crop, flip and one of several captions are then drawn once a row instead of once an epoch.")
+        help="Encode winners and captions once, to disk, and move the VAE and the text encoder off the accelerator. "
+        "Each row then gets one crop, one flip and one of its captions for all epochs.")
 
     add = parser.add_argument_group("SSPO").add_argument
     add("--train_mode", choices=["lora", "full"], default="lora",
@@ -519,28 +520,29 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).")
     add("--unpaired", action="store_true",
         help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
-        "learned where the rival is far away. Wants a tenth of --beta_dpo, or so.")
-    add("--rival_weight", type=factor, default=1.0, help="Factor on the rival's gap, beside s.")
+        "learned where the rival is far away. Use about a tenth of the usual --beta_dpo.")
+    add("--rival_weight", type=factor, default=1.0,
+        help="Weight of the rival in the loss. Below 1 it is pushed away less than the winner is learned.")
     add("--sft_weight", type=factor, default=0.0,
         help="Adds this multiple of the winner's denoising error to the loss.")
     add("--draws_per_pair", type=natural, default=1,
-        help="Draws of (timestep, noise) for a pair in an update, the timesteps spread over the schedule. The switch "
-        "is decided by their mean. The memory for activations grows in proportion.")
+        help="Draws of (timestep, noise) per pair and update, with timesteps spread over the schedule. The switch is "
+        "decided by their mean. Activation memory grows in proportion.")
     add("--reference", choices=["random", "latest", "initial"], default="random",
         help="Which checkpoint of the bank an iteration takes. random is SSPO.")
     add("--replay_steps", type=natural, default=30, help="Updates in an iteration, between two pushes.")
     add("--replay_size", type=natural, default=8,
-        help="Checkpoints kept in the bank, the base included. Past it the oldest but the base goes.")
+        help="Checkpoints in the bank, the base included. When it is full, the oldest but the base is dropped.")
     add("--rivals", choices=["self", "given"], default="self",
         help="self: sampled by the reference. given: the losers of the data's pairs, and nothing is sampled; with "
         "--reference initial --ssr none this is Diffusion-DPO.")
     add("--rivals_per_winner", type=natural,
-        help="Different rivals of a winner for one reference, kept on disk and used again. Default: no limit. With "
-        "few winners it saves most of the sampling. Needs --cache_latents.")
+        help="Sample at most this many rivals of a winner per reference, keep them on disk and reuse them. Saves most "
+        "of the sampling when there are few winners. Needs --cache_latents. Default: no limit.")
     add("--rollout_steps", type=natural, default=20, help="Sampler steps of a rival, and of validation pictures.")
     add("--rollout_guidance_scale", type=float, default=1.0,
-        help="Guidance of the rivals; 1 or less means none, which halves the cost and is the reference's own "
-        "distribution. The paper does not tell its sampler.")
+        help="Guidance of the rivals; 1 or less means none, which halves the cost and samples the reference's own "
+        "distribution. The paper does not say how it samples.")
     add("--rollout_batch_size", type=natural,
         help="Rivals sampled at once, a multiple of --train_batch_size. Default: train_batch_size x "
         "gradient_accumulation_steps, at most 16.")
@@ -560,10 +562,10 @@ def add_shared_arguments(parser):
     add("--num_train_epochs", type=natural, help="Passes over the winners, without --max_train_steps.")
     add("--gradient_checkpointing", action="store_true", help="Less memory for a slower backward.")
     add("--split_pairs", action="store_true",
-        help="Winners and rivals go through the model one after the other: half the memory of activations, for half a "
-        "forward more of the policy. Meant for LoRA: in full mode gradients of one half are held for the other.")
+        help="Run winners and rivals through the model one after the other: half the activation memory, for one more "
+        "forward of the winners. Meant for LoRA: in full mode a second set of gradients has to be held.")
     add("--learning_rate", type=positive, default=1e-5, help="Peak learning rate.")
-    add("--lr_scheduler", default="constant", help="Schedule of the rate.",
+    add("--lr_scheduler", default="constant", help="Learning rate schedule.",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
     add("--lr_warmup_steps", type=not_negative, default=0, help="Warm-up updates; not with --lr_scheduler constant.")
     add("--lr_num_cycles", type=natural, default=1, help="Cycles of cosine_with_restarts.")
@@ -641,10 +643,10 @@ def check_args(args):
         )
     if args.rivals_per_winner is not None and (args.rivals != "self" or args.rollout_strength < 1):
         raise UserError(
-            "--rivals_per_winner keeps what is sampled from noise: drop it, or --rivals and --rollout_strength"
+            "--rivals_per_winner reuses rivals sampled from pure noise: drop it, or --rivals and --rollout_strength"
         )
     if args.rivals_per_winner is not None and not args.cache_latents:
-        raise UserError("--rivals_per_winner needs --cache_latents: else crops and captions differ between the epochs")
+        raise UserError("--rivals_per_winner needs --cache_latents: without it crops and captions change every epoch")
     if args.streaming and args.cache_latents:
         raise UserError("--cache_latents needs the whole data set: drop it, or --streaming")
     if args.streaming and args.max_train_steps is None:
@@ -659,14 +661,20 @@ def check_args(args):
 def check_environment(args):
     """Raises UserError where a package or a device that a flag needs is missing."""
     xformers = "--enable_xformers_memory_efficient_attention"
-    asked = {"--use_8bit_adam": args.use_8bit_adam and "bitsandbytes"}
-    asked[xformers] = args.enable_xformers_memory_efficient_attention and "xformers"
-    asked[f"--report_to {args.report_to}"] = args.report_to in ("tensorboard", "wandb") and args.report_to
-    for flag, package in asked.items():
-        if package and importlib.util.find_spec(package) is None:
+    for used, flag, package in (
+        (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
+        (args.enable_xformers_memory_efficient_attention, xformers, "xformers"),
+        (args.report_to in ("tensorboard", "wandb"), f"--report_to {args.report_to}", args.report_to),
+    ):
+        if used and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}, which is missing: pip install {package}")
-    if asked[xformers] and not torch.cuda.is_available():
+    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
+    if Path(args.pretrained_model_name_or_path).is_file():
+        raise UserError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is a file: turn it into a folder "
+            f"with {PIPELINE.__name__}.from_single_file(...).save_pretrained(folder)"
+        )
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
     if args.mixed_precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
@@ -689,6 +697,7 @@ SIDE_MULTIPLE = 8  # of the height and the width, in pixels
 RESULTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "model_index.json")
 SAMPLES = "png"  # the kind of file in samples/ that the model card shows
 CACHE_KEY = "image_column caption_column rivals resolution center_crop random_flip seed"  # what cached rows depend on
+CACHE_FILE = 64  # winners, or captions, in one file of the cache
 LORA_LAYERS = "to_q,to_k,to_v,to_out.0"
 
 
@@ -734,7 +743,7 @@ class Models:
     """
     The parts of the pipeline.
 
-    `reference` has its weight for each trained parameter, or is empty where the reference is LoRA's base.
+    `reference` maps each trained parameter to the reference's weight; it is empty where the reference is LoRA's base.
     `adapted_layers` are the layers that carry an adapter. `force_zeros` tells whether the model takes zeros, not the
     embedding of "", where there is no caption.
     """
@@ -752,7 +761,7 @@ class Models:
 
     @property
     def encoders(self):
-        """What is not needed any more once latents and prompts are cached."""
+        """What is no longer needed once latents and prompts are cached."""
         return [self.text_encoder, self.text_encoder_2, self.vae]
 
 
@@ -799,7 +808,7 @@ def load_models(args, dtype):
     weights = dict(source, variant=args.variant, dtype=dtype)
     trained = weights if args.train_mode == "lora" else dict(weights, dtype=torch.float32)
     vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else dtype
-    # Not registered afterwards: where the base's own file has no such line, samplers would not take it over.
+    # Given to from_pretrained: samplers ignore what is registered later, if the base's own file does not have the key.
     prediction = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
     try:
         pipeline = PIPELINE.load_config(name, **source)
@@ -821,6 +830,9 @@ def load_models(args, dtype):
         if args.pretrained_vae_model_name_or_path is not None:
             name += f" with --pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
+    side = models.denoiser.config.sample_size * 2 ** (len(models.vae.config.block_out_channels) - 1)
+    if args.resolution != side:
+        logger.logger.warning(f"{name} is made for {side} x {side} pixels, but --resolution is {args.resolution}.")
     models.vae.enable_slicing()  # a batch of large pictures would need more memory than all else in a run
     for module in (*models.encoders, models.denoiser):
         module.requires_grad_(False)
@@ -829,7 +841,7 @@ def load_models(args, dtype):
 
 # Copied from train_sspo_sd.open_winners
 def open_winners(args):
-    """The data set of winners, its pictures still encoded: one that cannot be read is named when its turn comes."""
+    """The data set of winners, its pictures still encoded: an unreadable one is reported when it is used."""
     return open_dataset(args, datasets.Image)
 
 
@@ -987,8 +999,8 @@ def rollout_scheduler(models, args):
     """A fresh sampler on the model's own noise schedule."""
     config = models.noise_scheduler.config
     if args.rollout_scheduler == "ddim":
-        return DDIMScheduler.from_config(config, clip_sample=False)  # its default is for pixels
-    # A base that came with a solver has the solver's kind in its configuration, and some draw noise of their own.
+        return DDIMScheduler.from_config(config, clip_sample=False)  # the default would clip latents as if pixels
+    # Not the algorithm_type of the base's own configuration: the SDE solvers draw noise that no key of ours seeds.
     return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 
@@ -1094,6 +1106,23 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
+# Copied from train_sspo_sd.captioned_files
+def captioned_files(folder):
+    """
+    The columns of a folder in which each winner has its caption beside it, in a .txt file of the same name, as kohya's
+    tools want it; None for another kind of folder. Raises UserError if some winners have none.
+    """
+    captions = {} if any(folder.rglob("metadata.*")) else {text.with_suffix("") for text in folder.rglob("*.txt")}
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in COLUMNS] if captions else []
+    lacking = [path for path in files if path.with_suffix("") not in captions]
+    if len(lacking) == len(files):
+        return None
+    if lacking:
+        raise UserError(f"{len(lacking)} of {len(files)} {MODALITY}s have no .txt file, first {lacking[0]}")
+    texts = [path.with_suffix(".txt").read_text("utf-8-sig", errors="replace").strip() for path in files]
+    return {MODALITY: [str(path) for path in files], "text": texts}
+
+
 # Copied from train_sspo_sd.open_dataset
 def open_dataset(args, kind):
     """
@@ -1108,11 +1137,18 @@ def open_dataset(args, kind):
     if path.is_file() and path.suffix not in FILE_BUILDERS:
         raise UserError(f"{source} is not a folder, nor one of {', '.join(FILE_BUILDERS)}")
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
+    columns = captioned_files(path) if path.is_dir() else None
+    # img2dataset leaves a parquet beside each shard, without the pictures, and datasets might read that.
+    shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # made by save_to_disk
             dataset = datasets.load_from_disk(source)
         elif path.is_file():
             dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
+        elif columns is not None:
+            dataset = datasets.Dataset.from_dict(columns)
+        elif shards:
+            dataset = datasets.load_dataset("webdataset", data_files=shards, **options)
         else:
             dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
     except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
@@ -1136,7 +1172,7 @@ class Winners:
 
     A data set in the layout of Pick-a-Pic (jpg_0, jpg_1, label_0: 1 if jpg_0 won, 0 if jpg_1 did) gives the better
     picture of each pair, and with --rivals given the other one as its rival. Ties and unlabelled pairs are dropped;
-    `ties` counts them (of a stream the log does, epoch by epoch).
+    `ties` counts them (with --streaming they are counted in the log, epoch by epoch).
 
     Raises UserError if a column is missing or the data set is empty.
     """
@@ -1156,7 +1192,7 @@ class Winners:
             )
         self.column = None if self.pairs else self.find_column(MODALITY, COLUMNS, first)
         self.caption_column = self.find_column("caption", ["text", "caption", "txt", "prompt"], first)
-        self.first_caption = str(first[self.caption_column])[:100]  # another data set is told from this one by it
+        self.first_caption = str(first[self.caption_column])[:100]  # by it a resumed run notices another data set
         if args.streaming:
             self.dataset = self.dataset.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
         elif self.pairs:
@@ -1253,9 +1289,9 @@ class Winners:
 def open_picture(encoded):
     """The picture that a data set holds as a dict of path and bytes, as either, or as PIL: upright, in RGB, as PIL."""
     if encoded is None:
-        raise ValueError("there is none")
+        raise ValueError("the field is empty")
     if isinstance(encoded, (bytes, str)):
-        encoded = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else {"bytes": None, "path": encoded}
+        encoded = datasets.Image().encode_example(encoded)
     return to_rgb(datasets.Image().decode_example(encoded) if isinstance(encoded, dict) else encoded)
 
 
@@ -1304,15 +1340,15 @@ class WinnerStream(torch.utils.data.IterableDataset):
     The endless sequence of epochs, cut into micro-batches for one process.
 
     The sequence is the same for every layout: `world` x train_batch_size consecutive winners make one micro-batch of
-    all processes, of which this one takes every `world`-th. No row is left over at the end of an epoch, and a data set
-    smaller than a batch simply comes round again. With --on_bad_example skip the sequence does without what cannot be
-    read, so every process, and each of its loader processes, has to read all of it; --cache_latents reads it once.
+    all processes, of which this one takes every `world`-th. Batches run on across the end of an epoch: no row is
+    dropped, and a data set smaller than a batch is repeated. With --on_bad_example skip unreadable winners are left
+    out, so every process, and each of its loader processes, has to read everything; --cache_latents reads it once.
 
     Args:
         load: makes an example of (epoch, row, what Winners.rows gave for it); Winners.load, or LatentCache.load.
         cursor: the (epoch, offset) to start from.
     Yields:
-        (examples, cursor): a list of train_batch_size dicts, and the cursor that resumes behind them.
+        (examples, cursor): a list of train_batch_size dicts, and the cursor from which to resume after them.
     """
 
     def __init__(self, load, winners, args, rank=0, world=1, cursor=(0, 0)):
@@ -1334,7 +1370,7 @@ class WinnerStream(torch.utils.data.IterableDataset):
                 mine = []
 
     def sequence(self, in_charge):
-        """Yields (place, its example if it had to be loaded, cursor behind it). Who is `in_charge` writes the log."""
+        """Yields (place, its example if it had to be loaded, cursor after it). Logs if this process is `in_charge`."""
         epoch, offset = self.cursor
         while True:
             found, ties, loaded = offset > 0, 0, None
@@ -1344,8 +1380,11 @@ class WinnerStream(torch.utils.data.IterableDataset):
                     ties += 1
                     continue
                 if self.args.on_bad_example == "skip":
-                    loaded = self.load_or_pass(epoch, row, example, in_charge and epoch == self.cursor[0])
-                    if loaded is None:
+                    try:
+                        loaded = self.load(epoch, row, example)
+                    except BadExample as error:
+                        if in_charge and epoch == self.cursor[0]:  # once, in the first epoch of this run
+                            logger.logger.warning(f"Skipped: {error}.")
                         continue
                 found = True
                 yield (epoch, row, example), loaded, (epoch, offset)
@@ -1355,30 +1394,33 @@ class WinnerStream(torch.utils.data.IterableDataset):
                 logger.logger.info(f"{ties} ties dropped in epoch {epoch}.")
             epoch, offset = epoch + 1, 0
 
-    def load_or_pass(self, epoch, row, example, named):
-        """The example, or None if it cannot be used, with a warning where it is to be `named`."""
-        try:
-            return self.load(epoch, row, example)
-        except BadExample as error:
-            if named:
-                logger.logger.warning(f"Skipped: {error}.")
+
+# Copied from train_sspo_sd.heed_parent
+def heed_parent():
+    """Ends this loader process at its parent's SIGTERM, not at others: Slurm and systemd send one to each process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 # Copied from train_sspo_sd.leave_group
 def leave_group(worker):
-    """For loader processes: a signal to the whole group must not take them from the update in flight, nor be told."""
+    """Keeps a loader process alive when a signal stops the run: the current update still needs it."""
     if hasattr(os, "setpgrp"):  # there are no groups on Windows
         os.setpgrp()
-    # What fails here is raised in the main process. The thread that hands tensors to it would print that it has gone.
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=heed_parent, daemon=True).start()
+    # The main process raises what fails here. The thread that passes it tensors would add a traceback when that exits.
     sys.excepthook = lambda *error: None
 
 
 # Copied from train_sspo_sd.make_loader
 def make_loader(stream, args):
-    """The iterator over this process's micro-batches (see WinnerStream), loaded ahead by a rollout."""
-    # datasets would deal a stream's shards out to several processes, and so change the order.
+    """The iterator over this process's micro-batches (see WinnerStream), which prefetches those of one rollout."""
+    # Several workers would share a stream's shards among them, which changes the order.
     workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
-    rollout = args.rollout_batch_size // args.train_batch_size  # micro-batches that are asked for at once
+    group = args.rollout_batch_size // args.train_batch_size  # micro-batches whose rivals are sampled at once
     return iter(
         torch.utils.data.DataLoader(
             stream,
@@ -1386,7 +1428,7 @@ def make_loader(stream, args):
             collate_fn=tuple,
             num_workers=workers,
             worker_init_fn=leave_group,
-            prefetch_factor=max(math.ceil(rollout / workers), 2) if workers else None,
+            prefetch_factor=max(math.ceil(group / workers), 2) if workers else None,
         )
     )
 
@@ -1421,7 +1463,7 @@ def encode_latents(models, examples):
 # Copied from train_sspo_sd.collate
 def collate(examples, empty_prompt, args, device, negative_prompt=None):
     """
-    One batch from encoded examples. Guidance leads away from `negative_prompt`, by default the empty one.
+    One batch from encoded examples. `negative_prompt` (default: the empty prompt) is guidance's unconditional input.
 
     Returns:
         dict with `winner` (b, ...) latents sampled from the VAE's posterior, given rivals as `rival` likewise,
@@ -1434,11 +1476,10 @@ def collate(examples, empty_prompt, args, device, negative_prompt=None):
         return mean + std * keyed_noise(purpose, args.seed, keys, mean.shape[1:]).to(device)
 
     keys = [(example["epoch"], example["row"]) for example in examples]
-    uncaptioned = [{**example, **empty_prompt} for example in examples]
-    unconditional = [{**example, **(negative_prompt or empty_prompt)} for example in examples]
     draws = [torch.rand((), generator=keyed_generator("dropout", args.seed, *key)).item() for key in keys]
     dropped = [draw < args.proportion_empty_prompts for draw in draws]
-    rows = [empty if drop else example for drop, empty, example in zip(dropped, uncaptioned, examples)]
+    rows = [{**example, **empty_prompt} if drop else example for example, drop in zip(examples, dropped)]
+    unconditional = [{**example, **(negative_prompt or empty_prompt)} for example in examples]
     batch = {
         "winner": posterior("", "posterior"),
         "condition": collate_condition(rows, device),
@@ -1477,26 +1518,27 @@ def write_tensors(path, tensors, metadata=None):
 # Copied from train_sspo_sd.RivalCache
 class RivalCache:
     """
-    The rivals that --rivals_per_winner uses again: a file each, in a folder for each reference beside its entry in the
-    bank, with which it is deleted. 64 KiB a rival of Stable Diffusion 1.5 at 512 x 512.
+    The rivals that --rivals_per_winner reuses, one file each. Their folder lies next to their reference's entry in the
+    bank and is deleted with it. A rival takes 64 KiB for Stable Diffusion 1.5 at 512 x 512.
 
-    The rival of row r in epoch e is number j = e mod rivals_per_winner, keyed by (reference, r, j). Each process keeps
-    its own: what another sampled in a batch of another size may differ in its last bit.
+    Row r in epoch e uses rival number j = e mod rivals_per_winner, keyed by (reference, r, j). To resume bit for bit,
+    each process keeps its own, and a batch all or none: sampled in a batch of another size, a last bit may differ.
     """
 
     def __init__(self, bank, args, rank):
         self.bank, self.args, self.folder = bank, args, f"rank-{rank}"
 
     def sample(self, reference, models, batch, autocast):
-        """2. Self-sample, but for the rivals that are there: (b, ...) latents."""
+        """2. Self-sample the rivals that are not on disk yet, load the others: (b, ...) latents."""
         keys = [(reference, row, epoch % self.args.rivals_per_winner) for epoch, row in batch["keys"]]
         folder = self.bank.path(reference).with_suffix("") / self.folder
         names = [
-            f"row-{row}-{j}{'-uncaptioned' * drop}.safetensors" for (_, row, j), drop in zip(keys, batch["dropped"])
+            f"row-{row}-{j}{'-uncaptioned' if drop else ''}.safetensors"
+            for (_, row, j), drop in zip(keys, batch["dropped"])
         ]
         kept = {path.name: path for path in folder.glob("*/*.safetensors")}
         missing = [i for i, name in enumerate(names) if name not in kept]
-        if missing:  # kept all or none: what is sampled in a batch of another size may differ in its last bit
+        if missing:
             partial = folder / f"{len(kept)}.partial"
             rivals = sample_rivals(models, pick({**batch, "keys": keys}, missing), self.args, autocast)
             for i, rival in zip(missing, rivals.cpu()):
@@ -1509,7 +1551,7 @@ class RivalCache:
 # Copied from train_sspo_sd.LatentCache
 class LatentCache:
     """
-    Encoded winners on disk: latents in files of CHUNK rows, prompts in files of CHUNK captions, equal captions once.
+    Encoded winners on disk: files of CACHE_FILE latents, and of CACHE_FILE prompts, equal captions once.
 
     Files are written once, each process its share, and read by memory map. An interrupted run resumes where it
     stopped. Rows that cannot be read are noted in the files' metadata.
@@ -1518,11 +1560,10 @@ class LatentCache:
         key: what the cached rows depend on, beside the flags in CACHE_KEY and the data set.
     """
 
-    CHUNK = 64
-
     def __init__(self, args, winners, key):
         flags = {name: getattr(args, name) for name in CACHE_KEY.split()}
         digest = hashlib.sha256(repr((flags, winners.dataset._fingerprint, key)).encode()).hexdigest()
+        (digest,) = broadcast_object_list([digest])  # the fingerprint of a machine's own copy of the files differs
         self.winners, self.args, self.directory = winners, args, Path(args.output_dir, "cache", digest[:16])
         self.prompts = []  # of each row, the number of its caption
         numbers = {}
@@ -1532,7 +1573,7 @@ class LatentCache:
 
     def path(self, kind, number):
         """The file of `kind` (rows or prompts) that holds this one."""
-        return self.directory / f"{kind}-{number // self.CHUNK}.safetensors"
+        return self.directory / f"{kind}-{number // CACHE_FILE}.safetensors"
 
     def read(self, rows):
         """`rows`, their examples, and the reasons of those that are bad, by row."""
@@ -1582,8 +1623,8 @@ class LatentCache:
     def missing(self, kind, total, accelerator):
         """Of 0..total-1, the batches that this process has to encode."""
         size, missing = self.args.train_batch_size, []
-        for first in range(accelerator.process_index * self.CHUNK, total, accelerator.num_processes * self.CHUNK):
-            numbers = range(first, min(first + self.CHUNK, total))
+        for first in range(accelerator.process_index * CACHE_FILE, total, accelerator.num_processes * CACHE_FILE):
+            numbers = range(first, min(first + CACHE_FILE, total))
             if not self.path(kind, first).exists():
                 missing += [numbers[i : i + size] for i in range(0, len(numbers), size)]
         return missing
@@ -1597,7 +1638,7 @@ class LatentCache:
             for number, example in examples.items():
                 tensors = {f"{number}/{name}": value for name, value in example.items() if torch.is_tensor(value)}
                 encoded.update({name: value.cpu().contiguous() for name, value in tensors.items()})
-            if (numbers[-1] + 1) % self.CHUNK == 0 or numbers[-1] + 1 == total:
+            if (numbers[-1] + 1) % CACHE_FILE == 0 or numbers[-1] + 1 == total:
                 write_tensors(self.path(kind, numbers[-1]), encoded, reasons)
                 encoded, reasons = {}, {}
 
@@ -1637,13 +1678,11 @@ FREE_TO_CHANGE = set(
 
 
 # Copied from train_sspo_sd.run_settings
-def run_settings(args, accelerator, winners):
+def run_settings(args, accelerator, winners, global_batch):
     """What makes this run what it is, as a checkpoint records it."""
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     settings["--mixed_precision"] = accelerator.mixed_precision
-    settings["global batch size"] = (
-        args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    )
+    settings["global batch size"] = global_batch
     settings["number of winners"] = None if args.streaming else len(winners)
     settings["first caption"] = winners.first_caption
     if args.streaming:  # in a loader process datasets shuffles a stream otherwise
@@ -1655,7 +1694,7 @@ def run_settings(args, accelerator, winners):
 
 # Copied from train_sspo_sd.fingerprint
 def fingerprint(modules):
-    """Tells the weights of one model from another's, by some hundred numbers of each tensor: cheap at any size."""
+    """A hash of about a hundred numbers of each tensor: tells another model's weights apart, and is always cheap."""
     digest = hashlib.sha256()
     for weight in itertools.chain(*((*module.parameters(), *module.buffers()) for module in modules)):
         some = weight.detach().flatten()[:: max(weight.numel() // 64, 1)]
@@ -1702,7 +1741,7 @@ def find_checkpoint(args):
         places = (Path(wanted), Path(args.output_dir, wanted))
         checkpoint = next((path for path in places if path.is_dir()), None)
         if checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint")
+            raise UserError(f"--resume_from_checkpoint {wanted} does not exist, here or in --output_dir")
     try:
         return checkpoint, json.loads((checkpoint / "run.json").read_text())
     except (OSError, ValueError) as error:
@@ -1720,27 +1759,11 @@ def check_settings(checkpoint, record, settings):
             )
 
 
-# Copied from train_sspo_sd.register_checkpoint_hooks
-def register_checkpoint_hooks(accelerator, models, args):
-    """Makes accelerate's save_state and load_state keep the policy only, in the format that diffusers reads."""
-
-    def save(wrapped, weights, directory):
-        weights.clear()  # so that accelerate does not write the frozen weights too
-        if accelerator.is_main_process:
-            save_denoiser(models.denoiser, args, directory)
-
-    def load(wrapped, directory):
-        wrapped.clear()
-        load_denoiser(models.denoiser, args, directory)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 # Copied from train_sspo_sd.load_checkpoint
-def load_checkpoint(accelerator, checkpoint, args):
+def load_checkpoint(accelerator, models, checkpoint, args):
     """Reads what save_checkpoint wrote. Pickles are read for their tensors alone: code in them is refused, not run."""
     try:
+        load_denoiser(models.denoiser, args, checkpoint)
         accelerator.load_state(checkpoint)
     except torch.OutOfMemoryError:
         raise
@@ -1750,7 +1773,7 @@ def load_checkpoint(accelerator, checkpoint, args):
 
 
 # Copied from train_sspo_sd.save_checkpoint
-def save_checkpoint(accelerator, args, record):
+def save_checkpoint(accelerator, models, args, record):
     """
     Writes checkpoint-N beside its place and renames it, then deletes those past --checkpoints_total_limit.
 
@@ -1760,9 +1783,11 @@ def save_checkpoint(accelerator, args, record):
     final = Path(args.output_dir, f"checkpoint-{record['step']}")
     partial = final.with_suffix(".partial")
     try:
-        accelerator.save_state(partial)
-    except RuntimeError as error:  # so torch.save calls a full disk
-        if type(error) is not RuntimeError:  # of the accelerator, or of another process
+        if accelerator.is_main_process:
+            save_denoiser(models.denoiser, args, partial)
+        accelerator.save_state(partial)  # optimizer, schedule, scaler: accelerate was never given the model
+    except RuntimeError as error:  # torch.save raises it when the disk is full
+        if type(error) is not RuntimeError:  # a subclass: out of memory, or another process failed
             raise
         raise OSError(f"{partial} cannot be written, is the disk full? {one_line(error)}") from error
     accelerator.wait_for_everyone()
@@ -1782,8 +1807,8 @@ def save_checkpoint(accelerator, args, record):
 # Copied from train_sspo_sd.clean_up
 def clean_up(output_dir, step):
     """
-    Before output_dir is used again: half-written files go, a bank that nothing resumes from, and what came after
-    `step`, of checkpoints and of metrics.jsonl.
+    Prepares output_dir for the run: deletes half-written files, and the checkpoints and lines of metrics.jsonl that
+    come after `step`; for a new run (step 0) also an old replay bank.
     """
     for made, checkpoint in list_checkpoints(output_dir).items():
         if made > step:  # `latest` would take it at the next restart
@@ -1791,7 +1816,7 @@ def clean_up(output_dir, step):
             os.replace(checkpoint, checkpoint.with_suffix(".partial"))
     ours = ("*.partial", "replay/**/*.partial", "cache/**/*.partial")
     for leftover in [path for pattern in ours for path in Path(output_dir).glob(pattern)]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # it was in one
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)  # its folder may be gone
     if step == 0:
         shutil.rmtree(Path(output_dir, "replay"), ignore_errors=True)
     metrics = Path(output_dir, "metrics.jsonl")
@@ -1804,28 +1829,38 @@ def clean_up(output_dir, step):
 
 # Copied from train_sspo_sd.write_metrics
 def write_metrics(args, metrics):
-    """Adds a line. What is not finite, as grad_norm where fp16 overflows, becomes null: JSON knows no infinity."""
+    """Appends a line. What is not finite (grad_norm when fp16 overflows) becomes null: JSON has no infinity."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     with Path(args.output_dir, "metrics.jsonl").open("a") as file:
         file.write(json.dumps(finite) + "\n")
+
+
+# Copied from train_sspo_sd.SECOND_SIGNAL
+SECOND_SIGNAL = 3.0  # seconds
 
 
 # Copied from train_sspo_sd.catch_signals
 @contextmanager
 def catch_signals(accelerator):
     """
-    Gives a function that tells which of SIGTERM and SIGINT has come, or 0: the same on every process.
+    Yields a function that returns the signal received so far (SIGTERM, SIGINT or SIGHUP), or 0: a collective call,
+    with the same answer on every process.
 
-    A second signal ends the process, as signals otherwise do.
+    A second signal ends the process, as signals otherwise do, but not within SECOND_SIGNAL seconds of the first: where
+    a cluster signals every process, the launcher hands its own on to those that have had one.
     """
-    caught = [0]
+    caught, numbers = [0, 0.0], [signal.SIGTERM, signal.SIGINT]  # which, and when
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
 
     def receive(number, frame):
-        caught[0] = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if caught[0] == 0:
+            caught[:] = number, time.monotonic()
+        elif time.monotonic() - caught[1] > SECOND_SIGNAL:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield lambda: int(accelerator.gather(torch.tensor(float(caught[0]), device=accelerator.device)).max())
     finally:
@@ -1871,11 +1906,11 @@ def draw_samples(models, prompts, negative_prompt, args, accelerator):
 
 # Copied from train_sspo_sd.licence
 def licence(args):
-    """The base's licence as its model card has it, which binds what is made of the base; {} if none can be read."""
+    """The licence in the base's model card, which binds models derived from it too; {} if none can be read."""
     base = Path(args.pretrained_model_name_or_path)
     try:
         data = ModelCard.load(base / "README.md" if base.exists() else str(base)).data.to_dict()
-    except Exception:  # of the hub, of the network below it, of what stands in the card
+    except Exception:  # no hub, no network, no valid card
         return {}
     return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
 
@@ -1907,8 +1942,8 @@ def write_result(models, args, step):
     """
     Puts the result and its model card into output_dir, in place of an older one.
 
-    Both are written beside their place. What a loader knows a result by (RESULTS) is taken away first and moved last,
-    so that neither half of one nor a mixture of two ever passes for one.
+    Both are written to a temporary folder first. The file that makes a loader recognise a result (see RESULTS) is
+    deleted first and moved last, so that neither half a result nor a mixture of two ever passes for one.
     """
     partial = Path(args.output_dir, "result.partial")
     save_result(models, args, partial)
@@ -1932,7 +1967,7 @@ def open_repository(args):
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # of the hub, of the network below it, of the token
+    except Exception as error:  # from the hub, the network or the token
         raise UserError(f"--push_to_hub cannot use the repository {name}: {one_line(error)}") from error
 
 
@@ -1960,8 +1995,8 @@ def push_to_hub(args, repository):
 # Copied from train_sspo_sd.make_accelerator
 def make_accelerator(args):
     """Accelerate and the loggers. Raises UserError where accelerate is configured for what was never tried."""
-    # fp16's scale begins at PyTorch's 2^16 for a plain denoising error. The loss begins beta/4 times as steep: its
-    # gradients would overflow, and each update that is skipped has cost all its sampling.
+    # PyTorch's first loss scale for fp16, 2^16, suits a plain denoising error. This loss starts beta/4 times as steep:
+    # its first gradients would overflow, and every skipped update wastes its sampling.
     steepness = max(args.beta_dpo / 4, 1) if args.loss_type == "sspo" else 1
     try:
         accelerator = Accelerator(
@@ -1982,9 +2017,6 @@ def make_accelerator(args):
             f"accelerate is configured for {accelerator.distributed_type.value}, with which the replay bank was never "
             "run: configure data parallel (MULTI_GPU); --use_8bit_adam and --optimizer adafactor save memory"
         )
-    backend = accelerator.state.dynamo_plugin.backend
-    if backend != DynamoBackend.NO:  # it would compile the policy alone, and rounding would tell it from the reference
-        raise UserError(f"accelerate is configured for the dynamo backend {backend.value}: set it to no")
     logging.basicConfig(format="%(asctime)s - %(name)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, transformers, diffusers):
@@ -2022,7 +2054,7 @@ def prepare_denoiser(models, args, device):
     """
     Makes the policy trainable: an adapter on the frozen denoiser, or its own weights.
 
-    It stays in evaluation mode: no layer needs the other, and dropout in the policy alone would bias the switch. The
+    It stays in eval mode: no layer needs train mode, and dropout in the policy alone would bias the switch. The
     adapter, and so the reference, is in fp32: a reference in half precision would put rounding noise in the gaps.
     """
     denoiser = models.denoiser.to(device)
@@ -2041,7 +2073,7 @@ def prepare_denoiser(models, args, device):
                 raise UserError(f"--lora_layers {args.lora_layers}: {layer} fits no layer")
         models.adapted_layers = list(adapted.values())
         for layer in models.adapted_layers:
-            layer.cast_input_dtype_enabled = False  # to fp32, only for autocast to cast it back
+            layer.cast_input_dtype_enabled = False  # peft would cast inputs to fp32, and autocast cast them back
     else:
         for parameter in trained_in_full(denoiser):
             parameter.requires_grad_(True)
@@ -2062,10 +2094,10 @@ def prepare_denoiser(models, args, device):
 @contextmanager
 def stock_precision(models, autocast):
     """
-    While it is entered the denoiser runs as in the stock pipeline: without autocast, LoRA's adapters in the precision
-    of the base. They are cast once for all steps of a sample; the parameters that the optimizer holds are not touched.
+    In this context the denoiser runs as in the stock pipeline: without autocast, with the LoRA adapters cast to the
+    base's precision, once for all steps of a sample. The parameters that the optimizer holds are not touched.
 
-    What is trained in full has fp32 weights and runs under autocast: a copy in half precision would cost memory.
+    In full mode it runs under autocast instead: its weights are fp32, and a half-precision copy would cost memory.
     """
     places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
     trained = [part.weight for _, part in places]
@@ -2091,11 +2123,11 @@ def policy_weights(models, args):
 
 # Copied from train_sspo_sd.load_reference
 def load_reference(models, weights, args):
-    """Makes `weights`, an entry of the replay bank, the reference. In LoRA mode the base is no weights at all."""
+    """Makes `weights`, an entry of the replay bank, the reference. If they are LoRA's base, models.reference is {}."""
     if args.train_mode == "lora":
         adapted = any(weight.any() for name, weight in weights.items() if "lora_B" in name)
         weights = {f"{k.removesuffix('weight')}{POLICY}.weight": v for k, v in weights.items()} if adapted else {}
-    models.reference, device = None, models.denoiser.device  # the old one makes room first
+    models.reference, device = None, models.denoiser.device  # frees the old reference's memory first
     parameters = dict(models.denoiser.named_parameters())
     models.reference = {parameters[name]: weight.to(device) for name, weight in weights.items()}
 
@@ -2131,8 +2163,8 @@ def check_finite(step, metrics, args, accelerator):
     told = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     good = [str(path) for path in list_checkpoints(args.output_dir).values()]
     raise UserError(
-        f"update {step} is not finite ({told}); the last good checkpoint is {good[-1] if good else 'none'}, to resume "
-        "from if a fault of the machine was the cause; if not, restart in another --output_dir with a lower "
+        f"update {step} is not finite ({told}); the last good checkpoint is {good[-1] if good else 'none'}: resume "
+        "from it if the hardware may be at fault, otherwise restart in another --output_dir with a lower "
         f"--learning_rate or --beta_dpo{', or in bf16' if accelerator.mixed_precision == 'fp16' else ''}"
     )
 
@@ -2150,8 +2182,8 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(winners) / global_batch)
 
-    checkpoint, record = find_checkpoint(args)
-    settings = run_settings(args, accelerator, winners)
+    checkpoint, record = broadcast_object_list([*find_checkpoint(args)])  # another machine's disk may lag behind
+    settings = run_settings(args, accelerator, winners, global_batch)
     bank = ReplayBank(Path(args.output_dir, "replay"), args.replay_size, args.reference, args.seed)
     if checkpoint is None:
         record = {"step": 0, "cursor": (0, 0)}
@@ -2169,7 +2201,7 @@ def main(args):
     if checkpoint is not None:
         check_settings(checkpoint, record, settings)
     record["settings"] = settings
-    prepare_denoiser(models, args, "cpu")  # the encoders have the accelerator first, and may leave it
+    prepare_denoiser(models, args, "cpu")  # not on the accelerator yet: with --cache_latents the encoders leave first
     for module in models.encoders:
         module.to(device)
     empty_prompt, negative_prompt = encode_empty(models, args)
@@ -2180,13 +2212,12 @@ def main(args):
     if args.cache_latents:
         cache = LatentCache(args, winners, key=(str(dtype), settings["base weights"]))
         cache.fill(models, accelerator)
-        load, encode = cache.load, list  # what it loads is encoded
+        load, encode = cache.load, list  # cached examples are already encoded
         models.vae.to("cpu")
-    # Not prepared by accelerate: autocast is where the code says so, and the loop averages the gradients.
+    # The model skips accelerator.prepare: autocast is entered explicitly, and the loop below averages the gradients.
     policy = models.denoiser.to(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer, schedule = accelerator.prepare(*make_optimizer(trained, args))
-    register_checkpoint_hooks(accelerator, models, args)
     if validating:  # before a checkpoint is loaded: the policy is still the base
         base_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
     stream = WinnerStream(
@@ -2195,7 +2226,7 @@ def main(args):
     loader = make_loader(stream, args)
     kept_rivals = RivalCache(bank, args, accelerator.process_index)
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint, args)
+        load_checkpoint(accelerator, models, checkpoint, args)
     if accelerator.is_main_process:
         clean_up(args.output_dir, record["step"])
         if sspo and checkpoint is None:
@@ -2209,20 +2240,21 @@ def main(args):
     logger.info(f"{known} winners{ties}; {args.max_train_steps} updates of {global_batch} pairs; {begins}.")
 
     step = saved = record["step"]
-    reference = None
+    reference_index = None
     group = args.rollout_batch_size // args.train_batch_size  # micro-batches whose rivals are sampled at once
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
     )
+    accelerator.wait_for_everyone()  # until here a signal ends a process at once, also where it would wait for others
     with catch_signals(accelerator) as signalled, progress:
-        while not (stopped := signalled()):  # all processes meet here, and what the main one wrote is there for all
+        while not (stopped := signalled()):  # all processes meet here, so all can read what the main one has written
             due = step > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
-            if args.validation_prompts and due:  # at the top, so that a run that was killed in it repeats it
+            if args.validation_prompts and due:  # first in the loop: a run that is killed here repeats it when resumed
                 if validating:
                     policy_samples = draw_samples(models, prompts, negative_prompt, args, accelerator)
                     rows = [row for pair in zip(base_samples, policy_samples) for row in pair]
                     write_samples(rows, args, step, accelerator.trackers)
-                if step < args.max_train_steps and (stopped := signalled()):  # it may have taken minutes
+                if step < args.max_train_steps and (stopped := signalled()):  # drawing may have taken minutes
                     break
             if step >= args.max_train_steps:
                 break
@@ -2230,9 +2262,9 @@ def main(args):
 
             # 1. Replay: an iteration takes its reference from the policy's past.
             iteration = step // args.replay_steps + 1
-            if sspo and bank.draw(iteration) != reference:
-                reference = bank.draw(iteration)
-                load_reference(models, bank.load(reference), args)
+            if sspo and bank.draw(iteration) != reference_index:
+                reference_index = bank.draw(iteration)
+                load_reference(models, bank.load(reference_index), args)
 
             for first in range(0, args.gradient_accumulation_steps, group):
                 examples = []
@@ -2247,16 +2279,16 @@ def main(args):
                     if args.rivals_per_winner is None:
                         batch["rival"] = sample_rivals(models, batch, args, autocast)
                     else:
-                        batch["rival"] = kept_rivals.sample(reference, models, batch, autocast)
+                        batch["rival"] = kept_rivals.sample(reference_index, models, batch, autocast)
                     if device.type == "cuda":
-                        torch.cuda.synchronize()  # once a rollout, or its time would be booked on the update
+                        torch.cuda.synchronize()  # a sync per rollout, else its time would count as the update's
                     rollout_time += time.perf_counter() - rollout_started
 
                 for micro_batch in micro_batches(batch, args.train_batch_size):
                     with accelerator.accumulate(policy):
                         # 3. Errors, 4. switch, 5. loss.
                         loss, parts = training_loss(policy, models, micro_batch, args, autocast)
-                        accelerator.backward(loss)
+                        accelerator.backward(loss)  # which divides it by gradient_accumulation_steps
                         for name, value in {"loss": loss.detach(), **parts}.items():
                             totals[name] = totals.get(name, 0) + value / args.gradient_accumulation_steps
                         if accelerator.sync_gradients:
@@ -2276,7 +2308,7 @@ def main(args):
             step += 1
             record["step"] = step
             if sspo:
-                metrics["reference/index"] = reference
+                metrics["reference/index"] = reference_index
             metrics |= {"time/rollout": rollout_time, "time/update": time.perf_counter() - started}
             if accelerator.is_main_process:
                 write_metrics(args, {"step": step, **metrics})
@@ -2290,34 +2322,34 @@ def main(args):
             if pushing:
                 bank.push(iteration, policy_weights(models, args))
             if step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, args, record)
+                save_checkpoint(accelerator, models, args, record)
                 saved = step
-            if pushing:  # only now: the checkpoint that went may have been the last to need an entry
+            if pushing:  # after saving, which may have deleted the last checkpoint that needed an entry
                 bank.evict([made // args.replay_steps + 1 for made in (step, *list_checkpoints(args.output_dir))])
         if stopped and saved != step:
-            save_checkpoint(accelerator, args, record)
+            save_checkpoint(accelerator, models, args, record)
 
     if stopped:
         logger.info(f"Stopped by a signal; --resume_from_checkpoint latest resumes after update {step}.")
     elif accelerator.is_main_process:
         write_result(models, args, step)
-        if args.push_to_hub:
-            push_to_hub(args, repository)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if stopped:
         sys.exit(128 + stopped)
+    if args.push_to_hub and accelerator.is_main_process:  # which may take hours: nobody waits for it
+        push_to_hub(args, repository)
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        # What a loader process raises comes with its traceback: the message is behind the last name of its class.
+        # From a loader process the message arrives inside a traceback, after the last occurrence of its class's name.
         message = re.split(r"(?:UserError|BadExample): ", str(error).strip())[-1]
-        advice = ": fix it, or do without it by --on_bad_example skip" if isinstance(error, BadExample) else ""
+        advice = ": fix it, or leave it out with --on_bad_example skip" if isinstance(error, BadExample) else ""
         sys.exit(f"{Path(__file__).name}: {message}{advice}")
-    except RuntimeError as error:  # which torch.OutOfMemoryError is, and what cuDNN and cuBLAS say of full memory
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuDNN and cuBLAS raise it itself for full memory
         if not re.search("out of memory|unable to find an engine|_ALLOC_FAILED", str(error)):
             raise
         sys.exit(

@@ -275,6 +275,15 @@ def test_defaults_are_those_of_the_base(flux2, sd, wan, wan_large):
             evaluate.find_base(evaluate.parse_args(["--base", sd, "--prompts", "x", f"--{flag}", "8"]))
 
 
+def test_a_base_without_a_schedule_of_betas_is_refused(sd, tmp_path):
+    """As Playground v2.5: dpmsolver would take betas of its own, and draw noise."""
+    shutil.copytree(sd, tmp_path / "edm")
+    config = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}
+    (tmp_path / "edm" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(evaluate.UserError, match="noise levels of EDMDPMSolverMultistepScheduler, not a schedule of"):
+        evaluate.find_base(evaluate.parse_args(["--base", str(tmp_path / "edm"), "--prompts", "x"]))
+
+
 def changed(base, part, folder, **values):
     """A copy of a base, in `folder`, whose configuration of a part has other values; None takes one out."""
     shutil.copytree(base, folder)

@@ -592,7 +592,7 @@ def print_table():
     for heading, shared, rows in TABLE:
         family, *shared = shared.split()
         print(f"\n**{heading}**, `{' '.join(shared)}`\n")
-        print("| and | weights | gradients | optimizer | activations | peak | in | a card needs | smallest |")
+        print("| and flags | weights | gradients | optimizer | activations | peak | phase | a card needs | smallest |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for row in rows:
             found = estimate(family, [*BASE.split(), *shared, *row.split()])

@@ -6,7 +6,7 @@
 # dependencies = [
 #     "torch>=2.6",
 #     "diffusers>=0.42,<0.43",
-#     "transformers>=5.0,<6",
+#     "transformers>=5.3,<6",
 #     "accelerate>=1.15,<2",
 #     "datasets>=5.0,<6",
 #     "peft>=0.21,<0.22",
@@ -652,6 +652,9 @@ def find_base(args):
         size = {"Wan": (480, 832), "FLUX.2": (128 * scale, 128 * scale)}.get(family, (256, 256))
         if family not in ("Wan", "FLUX.2") and motion is None:
             size = [scale * UNet2DConditionModel.load_config(args.base, subfolder="unet", **source)["sample_size"]] * 2
+            scheduler = DDPMScheduler.load_config(args.base, subfolder="scheduler", **source)
+            if "beta_start" not in scheduler:  # neither of --scheduler could draw with it
+                raise ValueError(f"it has the noise levels of {scheduler['_class_name']}, not a schedule of betas")
         if motion is not None:
             reading = f"--motion_adapter_name_or_path {motion}"
             longest = MotionAdapter.load_config(motion, cache_dir=args.cache_dir).get("motion_max_seq_length", 32)

@@ -181,7 +181,7 @@ def test_a_cache_is_filled_where_it_was_left_and_used_again(each, monkeypatch):
     """Files of three rows: those that are there are not encoded again, for flags that they do not depend on."""
     script, encoded = each.script, []
     encode_latents = script.encode_latents
-    monkeypatch.setattr(script.LatentCache, "CHUNK", 3)
+    monkeypatch.setattr(script, "CACHE_FILE", 3)
     monkeypatch.setattr(
         script, "encode_latents", lambda m, e: encoded.extend(x["row"] for x in e) or encode_latents(m, e)
     )

@@ -17,8 +17,8 @@ from PIL import Image
 COUNT = 6
 CAPTIONS = tiny.CAPTIONS[:COUNT]
 COMMON = ["jsonl", "csv", "save_to_disk", "save_to_disk dict", "parquet file", "parquet folder", "arrow", "bytes"]
-FORMS = [("sd", form) for form in [*COMMON, "webdataset", "pairs"]]
-FORMS += [("video", form) for form in [*COMMON, "webdataset", "magictime", "magictime file"]]
+FORMS = [("sd", form) for form in [*COMMON, "webdataset", "img2dataset", "kohya", "pairs"]]
+FORMS += [("video", form) for form in [*COMMON, "webdataset", "kohya", "magictime", "magictime file", "magictime hub"]]
 
 
 def encoded(kind, caption):
@@ -57,7 +57,7 @@ def make(kind, form, directory):
     """Writes the winners in the given form and returns the flags that name them."""
     directory.mkdir(parents=True)
     place = directory / "data"
-    if form in ("jsonl", "csv", "magictime", "magictime file"):
+    if form in ("jsonl", "csv", "magictime", "magictime file", "magictime hub"):
         metadata = form.split()[0]
         folder = tiny.folder_of_winners if kind == "sd" else tiny.folder_of_clips
         folder(place, COUNT, metadata=metadata)
@@ -66,6 +66,18 @@ def make(kind, form, directory):
             for clip in place.glob("*.mp4"):
                 clip.rename(place / "clips" / clip.name)
             place = place / "captions.csv"
+        elif form == "magictime hub":  # ChronoMagic's own folders
+            for name, pattern in (("caption", "*.csv"), ("video", "*.mp4")):
+                (place / name).mkdir()
+                for file in place.glob(pattern):
+                    file.rename(place / name / file.name)
+    elif form == "kohya":
+        (place / "10_shapes").mkdir(parents=True)
+        for i, caption in enumerate(CAPTIONS):
+            winner = place / "10_shapes" / f"{i}.{'PNG' if kind == 'sd' else 'mp4'}"
+            winner.write_bytes(encoded(kind, caption))
+            winner.with_suffix(".txt").write_text(f"\ufeff{caption}\n")
+            winner.with_suffix(".npz").write_bytes(b"latents that kohya's tools keep beside it")
     elif form == "save_to_disk":
         as_table(kind).save_to_disk(place)
     elif form == "save_to_disk dict":
@@ -89,8 +101,12 @@ def make(kind, form, directory):
         place = directory / "pairs.parquet"
         as_pairs().to_parquet(place)
     else:
-        assert form == "webdataset"
+        assert form in ("webdataset", "img2dataset")
         place.mkdir()
+        if form == "img2dataset":
+            table = {"url": ["https://example.org"] * COUNT, "caption": CAPTIONS}
+            datasets.Dataset.from_dict(table).to_parquet(place / "shard-000.parquet")
+            (place / "shard-000_stats.json").write_text("{}")
         with tarfile.open(place / "shard-000.tar", "w") as tar:
             for i, caption in enumerate(CAPTIONS):
                 winner = ("png" if kind == "sd" else "mp4", encoded(kind, caption))
@@ -182,6 +198,15 @@ def test_one_of_several_captions_is_drawn(tmp_path):
     first, second = ({example["row"]: example["caption"] for example in epoch} for epoch in epochs)
     assert first != second
     assert first == {example["row"]: example["caption"] for example in served(data, 40)}
+
+
+def test_a_winner_without_its_caption_file_is_named(tmp_path):
+    folder = make("sd", "kohya", tmp_path / "data")["train_data_dir"] / "10_shapes"
+    (folder / "3.txt").unlink()
+    with pytest.raises(SCRIPTS["sd"].UserError, match=rf"1 of {COUNT} images have no .txt file, first {folder}/3.PNG"):
+        open_winners(SCRIPTS["sd"], tmp_path, folder)
+    (folder / "metadata.csv").write_text("file_name,text\n0.PNG,a shape\n")
+    assert [example["caption"] for example in served(open_winners(SCRIPTS["sd"], tmp_path, folder), 1)] == ["a shape"]
 
 
 # MagicTime's lists of clips

@@ -82,7 +82,7 @@ def test_a_picture_is_read_from_bytes_or_a_path_alone(tmp_path):
     for encoded in (str(path), path.read_bytes(), {"path": str(path), "bytes": None}):
         picture = script.open_picture(encoded)
         assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="the field is empty"):
         script.open_picture(None)
 
 

@@ -137,7 +137,9 @@ def test_metrics_are_kept_by_their_update(tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there(run, resume):
-    with pytest.raises(script.UserError, match="--resume_from_checkpoint checkpoint-9 is no checkpoint"):
+    with pytest.raises(
+        script.UserError, match="--resume_from_checkpoint checkpoint-9 does not exist, here or in --output_dir"
+    ):
         resume("checkpoint-9")
 
 

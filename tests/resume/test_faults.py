@@ -4,9 +4,11 @@ A run is killed or stopped at named points of the code, resumed with `latest`, a
 These are all points for Stable Diffusion; tests/slow/test_faults_long.py has other data, scripts and two processes.
 """
 
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 
 import pytest
 from faults import (
@@ -108,7 +110,8 @@ def test_stopped_run_saves_within_its_update_and_ends_as_if_never_stopped(train,
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("what", ["self-sampling", "writing a checkpoint"])
-def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, what, second):
+def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, monkeypatch, what, second):
+    monkeypatch.setattr(train.script, "SECOND_SIGNAL", -1)
     point = SIGNALS[what][0]
     code = in_child(train, lambda: at(train.script, point, send(signal.SIGTERM, second)), "stopped", **OPTIONS)
     assert code == (-signal.SIGTERM if second == signal.SIGTERM else 130)
@@ -117,11 +120,43 @@ def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, what, sec
     assert_as_never_stopped(whole(train, **OPTIONS), again)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_every_process_is_one_signal(train, whole, number):
+    """
+    As Slurm and systemd send SIGTERM: the run's process gets it twice, since its launcher hands on its own, and its
+    loader processes get it too. SIGHUP comes from a terminal that is closed, to the group that those have left.
+    """
+    options = dict(OPTIONS, dataloader_num_workers=2)
+
+    def all_of_them():
+        for process in multiprocessing.active_children() if number == signal.SIGTERM else ():
+            subprocess.run(
+                ["kill", f"-{number}", str(process.pid)], check=True
+            )  # by another process than their parent
+        send(number, number)()
+
+    code = in_child(
+        train, lambda: at(train.script, (None, "training_loss", 5, "before"), all_of_them), "all", **options
+    )
+    assert code == 128 + number
+    assert len(Run(train.directory / "all").metrics) == 5
+    again = train("all", resume_from_checkpoint="latest", **options)
+    assert_as_never_stopped(whole(train, **options), again)
+
+
+def test_nohup_keeps_a_run_from_hanging_up(train):
+    def hung_up():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        at(train.script, (None, "training_loss", 2, "before"), send(signal.SIGHUP))
+
+    assert in_child(train, hung_up, "nohup", max_train_steps=3) == 0
+
+
 @pytest.mark.parametrize("workers", quick_first(2, [0]))
 @with_shared_code
 def test_interrupted_caching_leaves_no_half_file_and_resumes(each, whole, monkeypatch, workers):
     """Ctrl-C, which goes to the whole group, when the second of the cache's files waits to be put in place."""
-    monkeypatch.setattr(each.script.LatentCache, "CHUNK", 4)
+    monkeypatch.setattr(each.script, "CACHE_FILE", 4)
     options = dict(max_train_steps=3, cache_latents=True, dataloader_num_workers=workers, checkpointing_steps=3)
 
     def prepare():

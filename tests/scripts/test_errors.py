@@ -117,6 +117,13 @@ def early(each, monkeypatch):
     return each
 
 
+def test_a_single_file_is_no_base(early, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"as from Civitai")
+    name = early.script.PIPELINE.__name__
+    message = f"model.safetensors is a file: turn it into a folder with {name}.from_single_file"
+    refused(early, message, pretrained_model_name_or_path=tmp_path / "model.safetensors")
+
+
 def test_missing_folder(early, tmp_path):
     refused(early, "nowhere does not exist", data=tmp_path / "nowhere")
 
@@ -206,11 +213,6 @@ def test_sharded_training_is_refused(early, monkeypatch):
     distributed = property(lambda self: early.script.DistributedType.FSDP)
     monkeypatch.setattr(early.script.Accelerator, "distributed_type", distributed)
     refused(early, "configured for FSDP.*never run.*data parallel")
-
-
-def test_compiling_is_refused(early, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
-    refused(early, "configured for the dynamo backend INDUCTOR: set it to no")
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -316,7 +318,7 @@ def test_a_bad_winner_ends_with_one_line_and_advice(train, tmp_path, options):
     assert not [line for line in said if "Traceback" in line]
     start = f"train_sspo_sd.py: the image {folder}/2.png in row 2 cannot be read: cannot identify image file"
     assert said[-1].startswith(start)
-    assert said[-1].endswith(": fix it, or do without it by --on_bad_example skip")
+    assert said[-1].endswith(": fix it, or leave it out with --on_bad_example skip")
     assert len([line for line in said if "2.png" in line]) == 1
 
 

@@ -164,6 +164,15 @@ def test_a_base_that_is_not_there_is_named(bases, kind):
     refused(kind, "--pretrained_model_name_or_path nothing-here cannot be loaded", "nothing-here", bases["adapter"])
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_size_that_the_base_was_not_made_for_is_told(bases, log, kind):
+    """Its rivals would be worse than it is. The tiny models are made for 64 x 64."""
+    load(kind, bases[kind], resolution=64)
+    assert log() == []
+    load(kind, bases[kind], resolution=128)
+    assert "is made for 64 x 64 pixels, but --resolution is 128" in log()[0]
+
+
 @pytest.mark.parametrize(
     "changes", [dict(requires_aesthetics_score=True), dict(text_encoder=[None, None], tokenizer=[None, None])]
 )
@@ -196,6 +205,15 @@ def test_other_motion_adapters_are_refused(bases, tmp_path, changes, message):
     """The last for its weights, which are missing."""
     adapter = without_weights(bases["adapter"], tmp_path / "other", "config.json", **changes)
     refused("video", f"--motion_adapter_name_or_path .*other {message}", bases["video"], adapter)
+
+
+def test_a_motion_adapter_may_leave_out_its_channels(bases, tmp_path):
+    """As some of the hub: then they are those of Stable Diffusion 1.5, which the tiny model's are not."""
+    adapter = without_weights(bases["adapter"], tmp_path / "bare")
+    config = json.loads((adapter / "config.json").read_text())
+    del config["block_out_channels"]
+    (adapter / "config.json").write_text(json.dumps(config))
+    refused("video", r"bare is not made for .*\[320, 640, 1280, 1280\] channels", bases["video"], adapter)
 
 
 def test_a_motion_adapter_whose_weights_do_not_fit_is_named(bases, tmp_path):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import run_of_two
+from faults import ranks_in_children, run_of_two
 from helpers import (
     ENVIRONMENT,
     LAYOUT,
@@ -69,6 +69,41 @@ def test_a_run_may_be_resumed_on_more_processes(train):
     forget_result(train("two", train_batch_size=4, **{**options, "max_train_steps": 3}))
     two = run_of_two(train, "two", train_batch_size=2, resume_from_checkpoint="latest", **options)
     assert_same_but_for_rounding(one, two)
+
+
+def test_machines_may_have_copies_of_the_data(train):
+    """By the files' times datasets takes them for different ones; the cache is one."""
+
+    def copied(rank):
+        init = train.script.Winners.__init__
+
+        def elsewhere(winners, args):
+            init(winners, args)
+            winners.dataset._fingerprint += str(rank)
+
+        train.script.Winners.__init__ = elsewhere
+
+    options = dict(LAYOUT, cache_latents=True)
+    one = train("one", train_batch_size=4, **options)
+    assert ranks_in_children(train, "two", copied, train_batch_size=2, **options) == [0, 0]
+    two = Run(train.directory / "two")
+    assert_same_but_for_rounding(one, two)
+    assert len(list(two.path.glob("cache/*"))) == 1
+
+
+def test_all_processes_resume_from_the_main_ones_checkpoint(train):
+    """Another machine may be shown the folder as it was half a minute ago."""
+
+    def stale(rank):
+        find = train.script.list_checkpoints
+        train.script.list_checkpoints = lambda folder: dict([*find(folder).items()][: 1 if rank else None])
+
+    options = dict(LAYOUT, checkpointing_steps=2)
+    one = train("one", train_batch_size=4, **options)
+    forget_result(train("two", train_batch_size=4, **{**options, "max_train_steps": 4}))
+    resumed = dict(options, train_batch_size=2, resume_from_checkpoint="latest")
+    assert ranks_in_children(train, "two", stale, **resumed) == [0, 0]
+    assert_same_but_for_rounding(one, Run(train.directory / "two"))
 
 
 def recipe(rank, *words, **variables):

@@ -125,8 +125,8 @@ def test_a_new_run_does_not_take_rivals_that_another_left(train):
     "options, message",
     [
         (dict(rivals_per_winner=2), "--rivals_per_winner needs --cache_latents"),
-        (dict(KEPT, rollout_strength=0.7), "--rivals_per_winner keeps what is sampled from noise"),
-        (dict(KEPT, rivals="given"), "--rivals_per_winner keeps what is sampled from noise"),
+        (dict(KEPT, rollout_strength=0.7), "--rivals_per_winner reuses rivals sampled from pure noise"),
+        (dict(KEPT, rivals="given"), "--rivals_per_winner reuses rivals sampled from pure noise"),
         (dict(rivals_per_winner=0), "must be at least 1"),
     ],
 )
