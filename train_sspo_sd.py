@@ -643,10 +643,11 @@ def check_environment(args):
             raise UserError(f"{flag} needs {package}, which is missing: pip install {package}")
     if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
         raise UserError(f"{xformers} needs a CUDA device: drop it, PyTorch's own attention saves memory too")
-    if Path(args.pretrained_model_name_or_path).is_file():
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_file():
         raise UserError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is a file: turn it into a folder "
-            f"with {PIPELINE.__name__}.from_single_file(...).save_pretrained(folder)"
+            f"--pretrained_model_name_or_path {name} is a file, and a folder in diffusers' layout is needed: a "
+            "pipeline's from_single_file and save_pretrained make one"
         )
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device: use no or bf16 here")
@@ -772,9 +773,11 @@ def load_models(args, dtype):
             PIPELINE.from_pretrained(name, **source, variant=args.variant, **dict.fromkeys(ours))
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
-    side = models.denoiser.config.sample_size * 2 ** (len(models.vae.config.block_out_channels) - 1)
-    if args.resolution != side:
-        logger.logger.warning(f"{name} is made for {side} x {side} pixels, but --resolution is {args.resolution}.")
+    size, scale = models.denoiser.config.sample_size, 2 ** (len(models.vae.config.block_out_channels) - 1)
+    if isinstance(size, int) and args.resolution != size * scale:
+        logger.logger.warning(
+            f"{name} is made for pictures of {size * scale} pixels a side, but --resolution is {args.resolution}."
+        )
     models.vae.enable_slicing()  # a batch of large pictures would need more memory than all else in a run
     for module in (*models.encoders, models.denoiser):
         module.requires_grad_(False)
@@ -991,20 +994,17 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
-def captioned_files(folder):
+def add_captions(dataset):
     """
-    The columns of a folder in which each winner has its caption beside it, in a .txt file of the same name, as kohya's
-    tools want it; None for another kind of folder. Raises UserError if some winners have none.
+    A data set of files with the column `text`: what stands in the .txt file beside each, where kohya's tools want it.
+
+    Raises UserError if some files have none.
     """
-    captions = {} if any(folder.rglob("metadata.*")) else {text.with_suffix("") for text in folder.rglob("*.txt")}
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in COLUMNS] if captions else []
-    lacking = [path for path in files if path.with_suffix("") not in captions]
-    if len(lacking) == len(files):
-        return None
-    if lacking:
-        raise UserError(f"{len(lacking)} of {len(files)} {MODALITY}s have no .txt file, first {lacking[0]}")
-    texts = [path.with_suffix(".txt").read_text("utf-8-sig", errors="replace").strip() for path in files]
-    return {MODALITY: [str(path) for path in files], "text": texts}
+    texts = [Path(winner["path"]).with_suffix(".txt") for winner in dataset[MODALITY]]
+    missing = [text for text in texts if not text.exists()]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(texts)} {MODALITY}s have no caption beside them, first {missing[0]}")
+    return dataset.add_column("text", [text.read_text("utf-8-sig", errors="replace").strip() for text in texts])
 
 
 def open_dataset(args, kind):
@@ -1020,7 +1020,8 @@ def open_dataset(args, kind):
     if path.is_file() and path.suffix not in FILE_BUILDERS:
         raise UserError(f"{source} is not a folder, nor one of {', '.join(FILE_BUILDERS)}")
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
-    columns = captioned_files(path) if path.is_dir() else None
+    suffixes = {file.suffix for file in path.rglob("*")}
+    captioned = ".txt" in suffixes and not suffixes & {*FILE_BUILDERS, ".csv", ".jsonl"}
     # img2dataset leaves a parquet beside each shard, without the pictures, and datasets might read that.
     shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
     try:
@@ -1028,8 +1029,10 @@ def open_dataset(args, kind):
             dataset = datasets.load_from_disk(source)
         elif path.is_file():
             dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
-        elif columns is not None:
-            dataset = datasets.Dataset.from_dict(columns)
+        elif captioned:
+            dataset = datasets.load_dataset(
+                f"{MODALITY}folder", data_dir=source, drop_labels=True, cache_dir=args.cache_dir
+            )
         elif shards:
             dataset = datasets.load_dataset("webdataset", data_files=shards, **options)
         else:
@@ -1040,11 +1043,13 @@ def open_dataset(args, kind):
         if "train" not in dataset and len(dataset) > 1:
             raise UserError(f"the data set {source} has no split called train, only {', '.join(dataset)}")
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+    if isinstance(dataset, datasets.Dataset):
+        for name, feature in dataset.features.items():
+            if isinstance(feature, kind):
+                dataset = dataset.cast_column(name, kind(decode=False))
+        dataset = add_captions(dataset) if captioned else dataset
     if args.streaming:
         return (dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset).decode(False)
-    for name, feature in dataset.features.items():
-        if isinstance(feature, kind):
-            dataset = dataset.cast_column(name, kind(decode=False))
     return dataset
 
 
@@ -1273,18 +1278,25 @@ class WinnerStream(torch.utils.data.IterableDataset):
             epoch, offset = epoch + 1, 0
 
 
+# Loader processes are forked there: of a fork server, Python 3.14's default, a signal ends the server, and they have
+# threads before they can block one.
+LINUX = sys.platform == "linux"
+
+
 def heed_parent():
     """Ends this loader process at its parent's SIGTERM, not at others: Slurm and systemd send one to each process."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid and parent.is_alive():
         pass
     os._exit(0)
 
 
-def leave_group(worker):
+def ignore_signals(worker):
     """Keeps a loader process alive when a signal stops the run: the current update still needs it."""
-    if hasattr(os, "setpgrp"):  # there are no groups on Windows
-        os.setpgrp()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if LINUX:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=heed_parent, daemon=True).start()
     # The main process raises what fails here. The thread that passes it tensors would add a traceback when that exits.
@@ -1302,8 +1314,9 @@ def make_loader(stream, args):
             batch_size=None,
             collate_fn=tuple,
             num_workers=workers,
-            worker_init_fn=leave_group,
+            worker_init_fn=ignore_signals,
             prefetch_factor=max(math.ceil(group / workers), 2) if workers else None,
+            multiprocessing_context="fork" if workers and LINUX else None,  # see LINUX
         )
     )
 
@@ -1429,7 +1442,7 @@ class LatentCache:
 
     def __init__(self, args, winners, key):
         flags = {name: getattr(args, name) for name in CACHE_KEY.split()}
-        digest = hashlib.sha256(repr((flags, winners.dataset._fingerprint, key)).encode()).hexdigest()
+        digest = hashlib.sha256(repr((flags, CACHE_FILE, winners.dataset._fingerprint, key)).encode()).hexdigest()
         (digest,) = broadcast_object_list([digest])  # the fingerprint of a machine's own copy of the files differs
         self.winners, self.args, self.directory = winners, args, Path(args.output_dir, "cache", digest[:16])
         self.prompts = []  # of each row, the number of its caption
@@ -1472,7 +1485,8 @@ class LatentCache:
             batch_size=None,
             collate_fn=self.read,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=leave_group,
+            worker_init_fn=ignore_signals,
+            multiprocessing_context="fork" if self.args.dataloader_num_workers and LINUX else None,
         )
         encoded = (encode_prompt(models, [self.captions[number] for number in batch]) for batch in prompts)
         batches = ((batch, dict(zip(batch, embeds)), {}) for batch, embeds in zip(prompts, encoded))

@@ -7,11 +7,16 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two shared cores spin on models this small
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nothing is left in the user's cache, and nothing read there, such as accelerate's configuration.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sspo-tests-")
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # which would come before it
+    os.environ.pop(name, None)
 os.environ["ACCELERATE_USE_CPU"] = "1"  # bit-exactness is promised there, also on a machine that has a GPU
 # A shell's background job ignores SIGINT, and so would every run that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,6 +26,7 @@ import datasets
 import pytest
 import tiny
 import torch
+import tqdm
 from helpers import EVERY, SCRIPTS, WAN, Run, flags, run_main
 
 
@@ -30,6 +36,12 @@ gc.freeze()
 
 torch.set_num_threads(1)
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # it waits five seconds whenever a parquet stream is closed
+tqdm.tqdm.monitor_interval = 0  # else a thread watches the bars, and may hold its lock where a test forks
+
+
+def pytest_unconfigure():
+    """Each process that runs tests, of xdist too, takes its cache away."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -118,20 +130,24 @@ def pairs(tmp_path_factory):
 def trains(request, tmp_path):
     """
     trains["sd"](name, flag=value, ...) runs train_sspo_sd.py's main in this process and returns the Run; so do
-    trains["sdxl"] and trains["video"] with theirs. trains["sd"].words(name, flag=value, ...) is its command line.
+    trains["sdxl"] and trains["video"] with theirs. trains["sd"].words(name, flag=value, ...) is its command line, and
+    trains["sd"].base() the folder of its tiny pipeline.
     """
 
     def trainer(kind):
+        def base():
+            return request.getfixturevalue("motion")[0] if kind == "video" else request.getfixturevalue(kind)
+
         def words(name="run", model=None, data=None, **options):
             if kind == "video":
-                base, adapter = request.getfixturevalue("motion")
+                _, adapter = request.getfixturevalue("motion")
                 clip = dict(motion_adapter_name_or_path=adapter, num_frames=4, frame_stride=2, resolution=32)
-                model, options = model or base, {**clip, **options}
+                options = {**clip, **options}
             if kind == "wan":
                 options = {**WAN, **options}
             if kind == "flux2":  # the padding to 512 would take most of the time
                 options = {"max_sequence_length": tiny.PROMPT_TOKENS, **options}
-            model = model or request.getfixturevalue(kind)
+            model = model or base()
             data = data or request.getfixturevalue("clips" if kind in ("video", "wan") else "winners")
             return flags(model, data, tmp_path / name, **options)
 
@@ -139,7 +155,7 @@ def trains(request, tmp_path):
             run_main(script, words(name, **options))
             return Run(tmp_path / name)
 
-        train.directory, train.script, train.words = tmp_path, EVERY[kind], words
+        train.directory, train.script, train.words, train.base = tmp_path, EVERY[kind], words, base
         return train
 
     return {kind: trainer(kind) for kind in EVERY}

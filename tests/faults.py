@@ -187,13 +187,16 @@ def assert_as_never_stopped(whole, again):
     """Every update once, the same bits in weights, optimizer, bank, metrics and samples, nothing half written."""
     assert [line["step"] for line in again.metrics] == list(range(1, len(whole.metrics) + 1))
     assert_same_result(whole, again)
-    for path in whole.path.glob("checkpoint-*/optimizer.bin"):
+    optimizers = list(whole.path.glob("checkpoint-*/optimizer.bin"))
+    assert optimizers
+    for path in optimizers:
         states = [torch.load(run.path / path.relative_to(whole.path), weights_only=True) for run in (whole, again)]
+        assert states[0]["state"]
         for ours, theirs in zip(*(state["state"].values() for state in states), strict=True):
             assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in ours)
     for kind in ("checkpoint-*", "replay/*", "samples/*"):
         ours, theirs = ({path.name: path for path in run.path.glob(kind)} for run in (whole, again))
-        assert ours.keys() == theirs.keys()
+        assert ours and ours.keys() == theirs.keys()
         if kind == "samples/*":
             assert all(ours[name].read_bytes() == theirs[name].read_bytes() for name in ours)
     assert not list(again.path.rglob("*.partial"))
@@ -263,13 +266,16 @@ def ranks_in_children(train, name, prepare=None, patience=30, grace=0, **options
         os.setpgid(child, next(iter(running)))  # one group, which can be killed at once
     deadline, signals = time.monotonic() + 300, [signal.SIGKILL]
     while running:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child in running:
+        polled = [os.waitpid(child, os.WNOHANG) for child in running]  # no others: they are waited for elsewhere
+        ended = [(child, status) for child, status in polled if child]
+        for child, status in ended:
             rank = running.pop(child)
             codes[rank] = os.waitstatus_to_exitcode(status)
             if codes[rank] and running:
                 deadline, signals = time.monotonic() + grace, [signal.SIGTERM, signal.SIGKILL]
-        elif time.monotonic() > deadline:
+        if ended:
+            continue
+        if time.monotonic() > deadline:
             for other in running:
                 os.kill(other, signals[0])
             deadline, signals = time.monotonic() + patience, signals[1:] or signals

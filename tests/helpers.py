@@ -78,10 +78,15 @@ def flags(model, data, output, **options):
     return words
 
 
-def run_main(script, words):
-    """Runs a script's main in this process."""
+def forget_accelerator():
+    """The next Accelerator of this process is made as its first."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def run_main(script, words):
+    """Runs a script's main in this process."""
+    forget_accelerator()
     script.main(script.parse_args(words))
 
 
@@ -102,13 +107,13 @@ def served(winners, count, **options):
     return list(itertools.islice((example for examples, _ in micro_batches for example in examples), count))
 
 
-def launch(words, processes=1, script="train_sspo_sd.py"):
-    """Starts a script by `accelerate launch`; two processes talk through gloo."""
+def launch(words, processes=1):
+    """Starts train_sspo_sd.py by `accelerate launch`; two processes talk through gloo."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if processes > 1:
         command += ["--multi_gpu", "--main_process_port", "0"]  # a free one: tests run side by side
-    command = [str(word) for word in [*command, ROOT / script, *words]]
+    command = [str(word) for word in [*command, ROOT / "train_sspo_sd.py", *words]]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -163,7 +168,7 @@ LAYOUT = dict(max_train_steps=6, center_crop=False, random_flip=True, proportion
 def assert_same_but_for_rounding(one, other):
     """
     Errors to 1e-6 of themselves, weights (the last push to the bank) to 1e-5. A gap is a difference of errors, and the
-    loss has beta / 2 = 1000 of it: of fp32's rounding, 1e-7 in an error, losses carry 1e-4.
+    loss has beta / 2 = 1000 of it: of fp32's rounding, 1e-7 in an error, losses carry 1e-4, and gradients as much.
     """
     assert other.column("reference/index") == one.column("reference/index")
     for name in ("mse/policy_winner", "mse/policy_rival"):
@@ -171,6 +176,7 @@ def assert_same_but_for_rounding(one, other):
     for name in ("gap/winner", "gap/rival"):
         assert other.column(name) == pytest.approx(one.column(name), abs=5e-7)
     assert other.column("loss") == pytest.approx(one.column("loss"), abs=2e-4)
+    assert other.column("grad_norm") == pytest.approx(one.column("grad_norm"), rel=1e-3)
     base, ours, theirs = (
         load_file(run.path / "replay" / f"iteration-{i}.safetensors") for run, i in ((one, 0), (one, 3), (other, 3))
     )
@@ -180,12 +186,16 @@ def assert_same_but_for_rounding(one, other):
 
 def assert_same_result(one, other):
     """Weights, metrics but for the times, and the part of the bank that is drawn from, bit by bit."""
-    record = json.loads(next(iter(sorted(one.path.glob("checkpoint-*/run.json")))).read_text())["settings"]
+    records = sorted(one.path.glob("checkpoint-*/run.json"))
+    assert records, "it tells what it is in a checkpoint"
+    record = json.loads(records[0].read_text())["settings"]
     bank = train_sspo_sd.ReplayBank(one.path / "replay", record["--replay_size"])
     live = [bank.path(index) for index in bank.live(len(one.metrics) // record["--replay_steps"] + 1)]
     live = live if record["--loss_type"] == "sspo" else []
     results = [path for path in one.path.rglob("*.safetensors") if not {"replay", "cache"} & set(path.parts[:-1])]
-    for path in [*live, *(path for path in results if "checkpoint-" not in str(path))]:
+    results = [path for path in results if "checkpoint-" not in str(path)]
+    assert results, "it is over"
+    for path in [*live, *results]:
         ours, theirs = load_file(path), load_file(other.path / path.relative_to(one.path))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), path

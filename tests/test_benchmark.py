@@ -3,9 +3,8 @@
 import sys
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import MotionAdapter
-from helpers import ROOT, quick_first
+from helpers import ROOT, forget_accelerator, quick_first
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
@@ -73,8 +72,7 @@ def test_real_size_runs_train_and_tell_their_peak(kind, monkeypatch, capsys):
         adapter = MotionAdapter(block_out_channels=(32, *width))
         monkeypatch.setattr(real_size_video, "MotionAdapter", lambda: adapter)
     monkeypatch.setitem(real_size_sdxl.UNETS, kind, {**real_size_sdxl.UNETS[kind], **narrow, "norm_num_groups": 8})
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     monkeypatch.setattr(sys, "argv", ["real_size", "--rank", "4"])
     {"sdxl": real_size_sdxl, "video": real_size_video}[kind].main()
     told = capsys.readouterr().out

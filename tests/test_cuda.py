@@ -1,15 +1,15 @@
 """What goes wrong on CUDA only, as far as it shows without a GPU. Whole runs on a pretended one: test_fake_cuda.py."""
 
 import importlib.util
-import os
-import subprocess
+import math
+from datetime import timedelta
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import ROOT, flags, with_every
+from helpers import flags, forget_accelerator, with_every
 
 import train_sspo_sd
 import train_sspo_video
@@ -18,8 +18,7 @@ import train_sspo_video
 def test_runs_in_this_process_stay_on_the_cpu(monkeypatch):
     """Also on a machine with a GPU, where accelerate would take it: the tests' promises are bit for bit."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     assert Accelerator().device.type == "cpu"
 
 
@@ -157,23 +156,49 @@ def test_bf16_wants_a_card_that_has_it(monkeypatch, capability, refused):
         train_sspo_sd.check_environment(args)
 
 
-def test_launch_sh_leaves_time_for_a_checkpoint(tmp_path):
-    """After SIGTERM torchelastic waits 30 seconds for an update to end and be saved, unless it is told otherwise."""
-    fake = tmp_path / "accelerate"
-    fake.write_text("#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
-    fake.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "m", "DATA": "d", "OUTPUT": "o"}
-    script = ROOT / "examples" / "multi_gpu" / "launch.sh"
-    told = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout == "600\n"
+@pytest.mark.parametrize(
+    "loss, norm, scale, stops",
+    [
+        (0.7, 1.0, None, False),
+        (0.7, math.inf, 1.0, False),
+        (0.7, math.inf, 0.5, True),
+        (0.7, math.inf, None, True),
+        (math.nan, math.nan, 2.0**16, True),
+    ],
+)
+def test_an_overflow_is_skipped_as_long_as_the_scale_can_fall(tmp_path, loss, norm, scale, stops):
+    """Of the gradients, that is: a loss that is none stops the run whatever the scale, and so does all in bf16."""
+    args = train_sspo_sd.parse_args(flags("unused", "unused", tmp_path))
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    accelerator = SimpleNamespace(scaler=scaler, mixed_precision="fp16" if scaler else "bf16")
+    metrics = {"loss": loss, "grad_norm": norm, "gap/winner": 0.0, "gap/rival": 0.0}
+    if stops:
+        with pytest.raises(train_sspo_sd.UserError, match="update 3 is not finite"):
+            train_sspo_sd.check_finite(3, metrics, args, accelerator)
+    else:
+        train_sspo_sd.check_finite(3, metrics, args, accelerator)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_asked_and_processes_wait_for_hours(tmp_path, allowed):
+    """Whatever was set before; and while one process draws samples or writes, the others wait."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, not allowed
+    try:
+        forget_accelerator()
+        args = train_sspo_sd.parse_args(flags("unused", "unused", tmp_path, allow_tf32=allowed))
+        accelerator = train_sspo_sd.make_accelerator(args)
+        assert products.allow_tf32 is allowed
+    finally:
+        products.allow_tf32 = before
+    assert accelerator.init_handler.timeout == timedelta(hours=3)
 
 
 @pytest.mark.parametrize("beta, start", [(2000, 2**7), (200, 2**10), (4, 2**16), (1, 2**16)])
 def test_the_scaler_starts_where_a_plain_error_would_have_its_usual_start(tmp_path, beta, start):
     """At the start the loss is beta / 4 times as steep as the error it is made of, by autograd's word."""
     args = train_sspo_sd.parse_args(flags("unused", "unused", tmp_path, beta_dpo=beta))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     assert train_sspo_sd.make_accelerator(args).scaler_handler.init_scale == start
     error = torch.tensor([0.5], requires_grad=True)
     loss, _ = train_sspo_sd.sspo_loss(error, *[torch.tensor([0.5])] * 3, beta)

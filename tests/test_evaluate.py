@@ -2,6 +2,7 @@
 
 import argparse
 import html
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from base64 import b64decode
 from pathlib import Path
 
 import datasets
@@ -97,6 +99,23 @@ def test_a_picture_hangs_on_its_prompt_not_on_order_batch_or_number_of_prompts(r
     noises = [evaluate.noise_of(sample, (4, 8, 8), 0) for sample in samples]
     assert len({noise[0, 0, 0].item() for noise in noises}) == 4, "each has noise of its own"
     assert not torch.equal(noises[0], evaluate.noise_of(samples[0], (4, 8, 8), 1)), "the seed counts"
+
+
+def test_seed_and_flags_of_the_page(run, tmp_path):
+    """Another seed draws other pictures; the page may have fewer and smaller ones than were drawn."""
+
+    def shown(folder):
+        data = (folder / "index.html").read_text().split(evaluate.PAGE_DATA)[1].split("</script>")[0]
+        samples = json.loads(data)["samples"]
+        picture = b64decode(samples[0]["pictures"][0].split(",")[1])
+        return len(samples), Image.open(io.BytesIO(picture)).size
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    run(images_per_prompt=2, page_images=1, page_resolution=16, output_dir=a)
+    run(images_per_prompt=2, seed=1, output_dir=b)
+    one, other = drawn(a), drawn(b)
+    assert len(one) == 4 and all(np.abs(one[name] - other[name]).max() > 10 for name in one)
+    assert (shown(a), shown(b)) == ((2, (16, 16)), (4, (64, 64)))
 
 
 def test_only_what_is_missing_is_drawn(run, sd_v, tmp_path, monkeypatch):
@@ -691,6 +710,14 @@ def test_scorers_of_ones_own(run, tmp_path):
     }.items():
         with pytest.raises(evaluate.UserError, match=told):
             run(scorer=[f"{where}:{name}"])
+
+
+def test_a_scorer_that_is_missing_is_told_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_missing", lambda *_: pytest.fail("something was drawn"))
+    absent = f"{tmp_path / 'judge.py'}:absent"
+    for spec, told in {absent: "cannot be imported", "pickscore": "cannot be loaded"}.items():  # no hub here
+        with pytest.raises(evaluate.UserError, match=told):
+            run(scorer=[spec])
 
 
 def test_a_scorer_may_be_called_as_a_module_of_ours(tmp_path, monkeypatch):

@@ -207,6 +207,11 @@ def test_padding_counted_once_is_all_of_it():
     assert one.std() > 0.1 and (one - other).abs().max() < 1e-5
 
 
+def test_an_error_is_that_of_the_mean():
+    told = quickstart_video.mean_and_error(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert told == {"mean": 2.5, "error": pytest.approx((5 / 3) ** 0.5 / 2)}
+
+
 @pytest.mark.parametrize("script, trainer", [("quickstart_video", "video"), ("quickstart_wan", "wan")])
 def test_quickstart_of_clips_trains_measures_and_animates(tmp_path, script, trainer):
     """As `make quickstart-video` runs it, with two updates and few clips."""

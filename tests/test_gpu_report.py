@@ -82,7 +82,7 @@ def test_what_fails_or_hangs_does_not_end_the_rest(make, tmp_path, capsys):
     status, text = make(
         {
             "hangs": (
-                2,
+                4,
                 f"tell('before', '1 s'); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)",
             ),
             "crashes": (20, "tell('found', 'this | much', True); print('the reason'); os.abort()"),
@@ -97,11 +97,11 @@ def test_what_fails_or_hangs_does_not_end_the_rest(make, tmp_path, capsys):
     ends = dict(hangs="FAILED", crashes="FAILED", disagrees="FAILED", works="ok")
     assert re.findall(r"\| (\w+) \| \d+ \| (\w+) \|", table) == list(ends.items())
     assert "| before | 1 s |  |" in lines, "what was found before the limit is kept"
-    assert "still running after its 2 seconds" in text
+    assert "still running after its 4 seconds" in text
     assert r"| found | this \| much | ok |" in lines and "the reason" in lines
     assert "| gap | 0.1 | FAILED |" in lines and "| gap | 0 | ok |" in lines
     assert text in capsys.readouterr().out, "it is printed too"
-    time.sleep(max(0, started + 9 - time.monotonic()))
+    time.sleep(max(0, started + 11 - time.monotonic()))
     assert not alive.exists(), "what an item started ended with it"
 
 
@@ -115,7 +115,7 @@ def test_what_there_is_no_time_for_is_named_and_no_failure(make):
     status, text = make(items, "--only", "second")
     assert status == 0 and "Not run" not in text, "one that was not asked for is not missed"
     items["first"] = (30, "tell('a', 1, False); time.sleep(60)")
-    assert report.measure("first", 30, 2, None)["end"] == "FAILED", "what was wrong before the end is"
+    assert report.measure("first", 30, 4, None)["end"] == "FAILED", "what was wrong before the end is"
 
 
 def test_there_is_time_for_all():
@@ -174,8 +174,9 @@ def alive(pid):
 
 
 def test_more_minutes_are_more_for_each_item_too(make):
-    assert make({"slow": (2, "time.sleep(4)")})[0] == 1
-    assert make({"slow": (2, "time.sleep(4)")}, "--minutes", "60")[0] == 0
+    slow = {"slow": (4, "time.sleep(8)")}  # 4 s or 12 s: also a busy machine is well on this side or the other
+    assert make(slow)[0] == 1
+    assert make(slow, "--minutes", "60")[0] == 0
 
 
 def test_the_computed_peaks_are_those_of_the_memory_page():

@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -109,10 +110,16 @@ def make_targets():
 
 
 def could_select(path, expression):
-    """Whether each word of a -k expression is in the name of a test of `path`, a file or a folder."""
+    """Whether a -k expression fits a test of `path`, a file or a folder, and all of its words are in tests' names."""
     files = [path] if path.suffix == ".py" else path.glob("**/test_*.py")
-    names = " ".join(name for file in files for name in re.findall(r"def (test_\w+)", file.read_text()))
-    return all(word in names for word in set(re.findall(r"\w+", expression)) - {"and", "or", "not"})
+    names = [name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())]
+    words = re.compile(r"\b(?!(?:and|or|not)\b)\w+")
+
+    def fits(name):
+        return eval(words.sub(lambda word: str(word[0] in name), expression))
+
+    known = all(any(word in name for name in names) for word in words.findall(expression))
+    return known and any(map(fits, names))
 
 
 def command_problem(words, folders):
@@ -252,6 +259,8 @@ def test_commands_of_a_docstring_exist(source):
         ("`--ssr sometimes`", "invalid choice"),
         ("`make quickstarts`", "no target"),
         ("`pytest tests -k never_was_such_a_test`", "no test"),
+        ('`pytest tests -k "no_call_is_needless and page_that_is_right"`', "no test"),
+        ('`pytest tests -k "no_call_is_needless or never_was_such_a_test"`', "no test"),
         ("`pip install -r requirement.txt`", "no file"),
         ("[a page](docs/nothing.md)", "no such file"),
         ("[a place](README.md#nowhere)", "no such heading"),
@@ -298,6 +307,21 @@ def test_the_readme_is_short_and_loads_what_a_run_leaves(train, sd, tmp_path, mo
         exec(block, {})
         assert (tmp_path / "fox.png").stat().st_size > 100
         (tmp_path / "fox.png").unlink()
+
+
+def test_the_readme_has_the_flags_own_defaults():
+    section = (ROOT / "README.md").read_text().split("## Flags of the method")[1].split("\n## ")[0]
+    sd, flux2 = (vars(EVERY[kind].parse_args(REQUIRED[kind])) for kind in ("sd", "flux2"))
+    words = {"off": False, "no limit": None, "an update's pairs, at most 16": sd["train_batch_size"]}
+    rows, told = [line.split(" | ") for line in section.splitlines() if line.startswith("| `--")], {}
+    for first, default, _ in rows:
+        names = re.findall(r"`--(\w+)", first)
+        plain, *flow = re.split(r" \(flow models: (\w+)\)", default)
+        values = [words[plain]] if plain in words else plain.split(", ")
+        told |= zip(names, values, strict=True)
+        assert not flow or float(flow[0]) == flux2[names[0]]
+    told = {name: type(sd[name])(value) if isinstance(value, str) else value for name, value in told.items()}
+    assert told == {name: sd[name] for name in told} and len(told) > 14
 
 
 @pytest.mark.parametrize("loss_type", ["sspo", "sft"])
@@ -368,22 +392,35 @@ def test_what_make_would_run_exists(target):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+@pytest.mark.parametrize("hanging_up, handled", [(signal.SIG_DFL, None), (signal.SIG_IGN, "SIGTERM,SIGINT")])
 @pytest.mark.parametrize("layout", [dict(GPUS=1), dict(GPUS=8), dict(GPUS=8, MACHINES=8, RANK=3, ADDRESS="10.0.0.1")])
-def test_the_launcher_starts_the_papers_recipe_with_time_to_save(tmp_path, layout):
-    """An accelerate that tells what it was called with stands in for the real one."""
+def test_the_launcher_starts_the_papers_recipe_with_time_to_save(tmp_path, layout, hanging_up, handled):
+    """
+    An accelerate that tells what it was called with stands in for the real one. Where SIGHUP is ignored, as by nohup,
+    torchelastic is told to leave it alone.
+    """
     stub = tmp_path / "accelerate"
     stub.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        "print(json.dumps([os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'], *sys.argv[1:]]))\n"
+        "names = ('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', 'PET_SIGNALS_TO_HANDLE')\n"
+        "print(json.dumps([*map(os.environ.get, names), *sys.argv[1:]]))\n"
     )
     stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MODEL": "-", "DATA": "-", "OUTPUT": "o"}
     environment |= {name: str(value) for name, value in layout.items()}
     launcher = ROOT / "examples" / "multi_gpu" / "launch.sh"
     words = [launcher, "--mixed_precision", "fp16"]
-    told = json.loads(subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout)
-    timeout, *words = told
+    ended = subprocess.run(
+        words,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hanging_up),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    timeout, signals, *words = json.loads(ended.stdout)
     assert timeout == "600", "torchelastic gives 30 seconds otherwise"
+    assert signals == handled
     assert words.pop(0) == "launch"
     known = launch_command_parser().parse_args(words)
     assert Path(known.training_script).resolve() == ROOT / "train_sspo_sd.py"
@@ -393,6 +430,8 @@ def test_the_launcher_starts_the_papers_recipe_with_time_to_save(tmp_path, layou
     assert known.num_processes == processes
     assert args.train_batch_size * args.gradient_accumulation_steps * processes == 2048
     assert (args.train_mode, args.beta_dpo, args.ssr, args.replay_steps) == ("full", 2000, "sign", 30)
+    assert args.max_train_steps == 210 and args.gradient_checkpointing
+    assert (args.resume_from_checkpoint, args.checkpoints_total_limit) == ("latest", 2)
     assert args.mixed_precision == "fp16", "what stands behind the command is handed on"
 
 

@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import ROOT, long
+from helpers import ROOT, forget_accelerator, long
 
 
 STUDY = ROOT / "examples" / "study"
@@ -203,8 +202,7 @@ def restored(monkeypatch, *names):
 @pytest.fixture
 def short(monkeypatch):
     """A run of two updates on 28 winners."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     monkeypatch.setitem(study.ROWS, "short", study.Row(9, {"ssr": "sign", "ssr_scope": "iteration"}, updates=2))
     names = ("sample_rivals", "sspo_loss", "draw_timesteps", "make_loader", "save_result", "training_loss")
     restored(monkeypatch, *names)

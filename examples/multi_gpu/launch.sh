@@ -51,8 +51,8 @@ if [[ -e $DATA ]]; then WINNERS=(--train_data_dir "$DATA"); else WINNERS=(--data
 # After SIGTERM a run finishes its update and saves a checkpoint; the launcher's agent kills it after 30 seconds unless
 # told otherwise, and an update of 2048 pairs may take longer (docs/scaling.md).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# Without SIGHUP, which the agent would pass on to the run even under nohup.
-export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT}
+# Under nohup the agent would handle SIGHUP all the same, and pass it on to the run.
+if [[ $(trap -p HUP) == "trap -- ''"* ]]; then export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT}; fi
 
 # Known of the paper: full fine-tuning, beta, N = --replay_steps, 7 iterations = 210 updates. Not published: the rate,
 # here that of the nearest public recipes (Diffusion-DPO and SPIN-Diffusion); the warm-up, here a tenth of the run; the

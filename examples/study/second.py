@@ -603,11 +603,12 @@ def carry_out(run):
             pipeline.to(torch.float16).save_pretrained(folder.with_suffix(".half"))
             shutil.rmtree(WORK / "starts" / run.name, ignore_errors=True)
             folder.with_suffix(".half").rename(WORK / "starts" / run.name)
-            shutil.rmtree(folder)  # the last thing: until then a run that is killed resumes from its checkpoints
     run.result.parent.mkdir(parents=True, exist_ok=True)
     partial = run.result.with_suffix(".partial")
     partial.write_text(json.dumps(record) + "\n")
     os.replace(partial, run.result)
+    if run.task == "start":  # only now: until it has a result, a run that is killed resumes from its checkpoints
+        shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -3,26 +3,32 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from helpers import EVERY, SCRIPTS, with_every
+from helpers import EVERY, SCRIPTS, WAN, flags, with_every
 from safetensors.torch import load_file, save_file
 
 
 def examples_of(script, args, models, keys):
-    """Examples with these (epoch, row), encoded."""
+    """Examples with these (epoch, row) and rivals of their own, encoded."""
     generator = torch.Generator().manual_seed(0)
     frames = [args.num_frames] if script is SCRIPTS["video"] else []
+
+    def drawn():
+        return torch.rand(*frames, 3, *script.picture_size(args), generator=generator) * 2 - 1
+
     examples = [
         {
             "epoch": epoch,
             "row": row,
             "caption": tiny.CAPTIONS[row],
-            "pixels": torch.rand(*frames, 3, *script.picture_size(args), generator=generator) * 2 - 1,
+            "pixels": drawn(),
+            "rival_pixels": drawn(),
             **({"geometry": torch.tensor([200 + row, 100, row, 0, 64, 64])} if script is SCRIPTS["sdxl"] else {}),
         }
         for epoch, row in keys
@@ -93,11 +99,9 @@ def test_latents_with_statistics_of_their_own(sdxl, load, tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True])
 @with_every
-def test_latents_that_are_not_finite_stop_the_run(request, each, tmp_path, cached):
+def test_latents_that_are_not_finite_stop_the_run(each, tmp_path, cached):
     """As those of SDXL's stock VAE in fp16; the row is named and no cache of them is kept."""
-    kind = next(kind for kind, script in EVERY.items() if script is each.script)
-    model = request.getfixturevalue("motion")[0] if kind == "video" else request.getfixturevalue(kind)
-    shutil.copytree(model, tmp_path / "broken")
+    shutil.copytree(each.base(), tmp_path / "broken")
     path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["encoder.conv_in.weight"][0] = math.inf
@@ -111,8 +115,8 @@ def test_latents_that_are_not_finite_stop_the_run(request, each, tmp_path, cache
 
 
 def test_a_batch_is_what_its_examples_say(script, load):
-    """Latents drawn from the posterior by each row's own key, and captions, some of them dropped, in their order."""
-    args, models = load(script, proportion_empty_prompts=0.5)
+    """Latents drawn from the posteriors by each row's own key, and captions, some of them dropped, in their order."""
+    args, models = load(script, proportion_empty_prompts=0.5, seed=7)
     keys = [(0, 3), (1, 2), (0, 1), (2, 0)]
     examples = examples_of(script, args, models, keys)
     empty = script.encode_prompt(models, [""])[0]
@@ -120,12 +124,13 @@ def test_a_batch_is_what_its_examples_say(script, load):
     assert batch["keys"] == keys
     for i, key in enumerate(keys):
         alone = script.collate([examples[i]], empty, args, "cpu")
-        assert torch.equal(batch["winner"][i], alone["winner"][0])
-        noise = (batch["winner"][i] - examples[i]["mean"]) / examples[i]["std"]
-        expected = script.keyed_noise("posterior", args.seed, [key], noise.shape)[0]
-        torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-3)
+        for name, half, purpose in (("winner", "", "posterior"), ("rival", "rival_", "rival posterior")):
+            assert torch.equal(batch[name][i], alone[name][0])
+            noise = (batch[name][i] - examples[i][f"{half}mean"]) / examples[i][f"{half}std"]
+            expected = script.keyed_noise(purpose, 7, [key], noise.shape)[0]
+            torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-3)
         prompt = script.encode_prompt(models, [tiny.CAPTIONS[key[1]]])[0]
-        draw = torch.rand((), generator=script.keyed_generator("dropout", args.seed, *key)).item()
+        draw = torch.rand((), generator=script.keyed_generator("dropout", 7, *key)).item()
         assert batch["dropped"][i] == (draw < 0.5)
         for name in prompt:
             told = empty if batch["dropped"][i] else prompt
@@ -144,7 +149,8 @@ def test_micro_batches_are_pieces_of_a_batch(script, load):
     pieces = list(script.micro_batches(batch, 2))
     assert [piece["keys"] for piece in pieces] == [keys[:2], keys[2:4], keys[4:]]
     assert sum((piece["dropped"] for piece in pieces), []) == batch["dropped"]
-    assert torch.equal(torch.cat([piece["winner"] for piece in pieces]), batch["winner"])
+    for half in ("winner", "rival"):
+        assert torch.equal(torch.cat([piece[half] for piece in pieces]), batch[half])
     joined = script.join(*(piece["condition"] for piece in pieces))
     assert joined.keys() == batch["condition"].keys()
     assert all(torch.equal(joined[name], value) for name, value in batch["condition"].items())
@@ -198,14 +204,32 @@ def test_a_cache_is_filled_where_it_was_left_and_used_again(each, monkeypatch):
     assert len(list(run.path.rglob("rows-*.safetensors"))) == len(files)
 
 
-@pytest.mark.parametrize("flag", [dict(random_flip=True), dict(center_crop=True), dict(seed=1)])
-def test_rows_that_were_cached_for_other_flags_are_not_taken(load, flag, tmp_path, winners):
-    script = SCRIPTS["sd"]
-    options = dict(cache_latents=True, center_crop=False, train_data_dir=winners, output_dir=tmp_path)
-    places = set()
-    for more in ({}, flag, dict(proportion_empty_prompts=0.3, train_batch_size=4)):
-        args, _ = load(script, **{**options, **more})
-        places.add(script.LatentCache(args, script.Winners(args), "key").directory)
-    assert len(places) == 2, "a place for the flag, and none for what cached rows do not depend on"
-    args, _ = load(script, **options)
-    assert script.LatentCache(args, script.Winners(args), "other weights").directory not in places
+OF_BOTH = dict(caption_column="words", center_crop=True, random_flip=True, seed=1, rivals="given")
+PICTURE = dict(OF_BOTH, image_column="photo", resolution=128)
+CLIP = dict(OF_BOTH, video_column="film", num_frames=9, frame_stride=3)
+DEPENDS_ON = {  # what cached rows do, each flag with another value than it has
+    "sd": PICTURE,
+    "sdxl": PICTURE,
+    "video": dict(CLIP, resolution=128, height=128, width=128),
+    "flux2": dict(PICTURE, max_sequence_length=100),
+    "wan": dict(CLIP, height=64, width=64, fps=24),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_cached_rows_are_kept_apart_by_all_that_they_depend_on(kind, tmp_path):
+    """Each flag, the data and the models' weights have a place of their own, and nothing else has."""
+    script = EVERY[kind]
+    given = dict(WAN if kind == "wan" else {}, center_crop=None, output_dir=tmp_path)
+    given |= dict(motion_adapter_name_or_path="unused", num_frames=4) if kind == "video" else {}
+
+    def place(data="data", weights="weights", **options):
+        winners = SimpleNamespace(captions=lambda: [], dataset=SimpleNamespace(_fingerprint=data))
+        args = script.parse_args(flags("unused", "unused", "unused", **{**given, **options}))
+        return script.LatentCache(args, winners, weights).directory
+
+    places = {"nothing": place(), "data": place(data="others"), "weights": place(weights="others")}
+    places |= {name: place(**{name: value}) for name, value in DEPENDS_ON[kind].items()}
+    assert len(set(places.values())) == len(places), places
+    free = dict(learning_rate=1, train_batch_size=1, rank=2, beta_dpo=5, rollout_steps=9, proportion_empty_prompts=0.3)
+    assert place(**free) == places["nothing"]

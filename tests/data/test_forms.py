@@ -186,6 +186,38 @@ def test_named_columns(tmp_path):
         open_winners(script, tmp_path, tmp_path / "saved")
 
 
+def test_columns_are_looked_for_in_the_order_that_the_help_tells(tmp_path):
+    """Each holds its own name as the caption."""
+    script, names = SCRIPTS["sd"], ["text", "caption", "txt", "prompt"]
+    columns = {name: [name] for name in reversed(names)}
+    data = datasets.Dataset.from_dict({"image": [encoded("sd", "a red circle")], **columns})
+    while names:
+        data.save_to_disk(tmp_path / names[0])
+        winners = open_winners(script, tmp_path, tmp_path / names[0])
+        assert served(winners, 1)[0]["caption"] == names[0]
+        data = data.remove_columns(names.pop(0))
+
+
+def test_a_column_that_is_named_is_taken_of_pairs_too(tmp_path, pairs):
+    """Whichever picture won, and of ties."""
+    data = open_winners(SCRIPTS["sd"], tmp_path, pairs, image_column="jpg_0")
+    assert len(data) == 8 and not data.pairs
+
+
+def test_a_configuration_of_several(tmp_path):
+    place = tmp_path / "set"
+    lines = ["---", "configs:"]
+    for name in ("one", "two"):
+        content = {"image": [encoded("sd", "a red circle")], "text": [name]}
+        (place / name).mkdir(parents=True)
+        datasets.Dataset.from_dict(content).to_parquet(place / name / "train.parquet")
+        lines += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (place / "README.md").write_text("\n".join([*lines, "---\n"]))
+    for name in ("one", "two"):
+        named = dict(train_data_dir=None, dataset_name=place, dataset_config_name=name)
+        assert served(open_winners(SCRIPTS["sd"], tmp_path, **named), 1)[0]["caption"] == name
+
+
 def test_one_of_several_captions_is_drawn(tmp_path):
     """Of a list, in each epoch anew, and the same again for the same row and epoch."""
     content = [encoded("sd", "a red circle")] * 40
@@ -201,12 +233,32 @@ def test_one_of_several_captions_is_drawn(tmp_path):
 
 
 def test_a_winner_without_its_caption_file_is_named(tmp_path):
-    folder = make("sd", "kohya", tmp_path / "data")["train_data_dir"] / "10_shapes"
-    (folder / "3.txt").unlink()
-    with pytest.raises(SCRIPTS["sd"].UserError, match=rf"1 of {COUNT} images have no .txt file, first {folder}/3.PNG"):
+    """Where there is another list of captions, that is taken."""
+    folder = make("sd", "kohya", tmp_path / "data")["train_data_dir"]
+    (folder / "10_shapes" / "3.txt").unlink()
+    message = rf"1 of {COUNT} images have no caption beside them, first .*10_shapes/3\.txt"
+    with pytest.raises(SCRIPTS["sd"].UserError, match=message):
         open_winners(SCRIPTS["sd"], tmp_path, folder)
-    (folder / "metadata.csv").write_text("file_name,text\n0.PNG,a shape\n")
+    as_table("sd").to_parquet(folder / "train.parquet")
+    assert len(open_winners(SCRIPTS["sd"], tmp_path, folder)) == COUNT
+    (folder / "train.parquet").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n10_shapes/0.PNG,a shape\n")
     assert [example["caption"] for example in served(open_winners(SCRIPTS["sd"], tmp_path, folder), 1)] == ["a shape"]
+
+
+@pytest.mark.parametrize("file", ["0.PNG", "0.txt"])
+def test_captioned_files_that_are_edited_are_noticed(tmp_path, file):
+    """By the cache of latents and prompts, whose folder is named by this."""
+    folder = make("sd", "kohya", tmp_path / "data")["train_data_dir"]
+
+    def known():
+        return open_winners(SCRIPTS["sd"], tmp_path, folder).dataset._fingerprint
+
+    before = known()
+    assert known() == before
+    edited = folder / "10_shapes" / file
+    edited.write_bytes(encoded("sd", CAPTIONS[1]) if file == "0.PNG" else b"another caption")
+    assert known() != before
 
 
 # MagicTime's lists of clips

@@ -57,6 +57,13 @@ def test_large_pictures_are_resized_before_the_crop(script):
     assert (pixels[0, :, 4:-4] > 0.9).all() and (pixels[2, :, 4:-4] < -0.9).all()
 
 
+def test_fine_patterns_are_averaged_not_picked(script):
+    """Where a picture is made smaller: a chess board of pixels becomes grey."""
+    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8))
+    pixels, _ = script.crop_picture(board.convert("RGB"), parsed(script), torch.Generator())
+    assert pixels.abs().max() < 0.1
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_pictures_look_as_in_a_viewer(kind):
     """Transparency on white, rotation as the camera noted it, 16 bits scaled, palettes and CMYK converted."""

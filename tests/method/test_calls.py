@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import SCRIPTS
+from helpers import SCRIPTS, long
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
@@ -43,18 +43,23 @@ UPDATES = [
 ]
 
 
-@pytest.mark.parametrize("options, expected", UPDATES)
-def test_no_call_is_needless(each, calls, options, expected):
+@pytest.mark.parametrize(
+    "kind, options, expected",
+    [
+        *(("sd", *update) for update in UPDATES),
+        *((kind, *update) for kind in ("sdxl", "video") for update in UPDATES[:2]),
+        *(pytest.param(kind, *update, marks=long) for kind in ("sdxl", "video") for update in UPDATES[2:]),
+    ],
+)
+def test_no_call_is_needless(trains, calls, kind, options, expected):
     """The denoiser is called as written above, the VAE once a picture, the text encoders once a micro-batch."""
-    run = each(max_train_steps=2, **options)
+    run = trains[kind](max_train_steps=2, **options)
     assert len(run.metrics) == 2
     assert calls["denoiser"] == 2 * expected
     micro_batches = 2 * options.get("gradient_accumulation_steps", 1)
     assert calls["CLIPTextModel"] == [1, *micro_batches * [2]]
-    assert calls["CLIPTextModelWithProjection"] == (
-        [1, *micro_batches * [2]] if each.script is SCRIPTS["sdxl"] else []
-    )
-    pictures = [8] if each.script is SCRIPTS["video"] else [1, 1]  # two clips of four frames, or one by one
+    assert calls["CLIPTextModelWithProjection"] == ([1, *micro_batches * [2]] if kind == "sdxl" else [])
+    pictures = [8] if kind == "video" else [1, 1]  # two clips of four frames, or one by one
     assert calls["Encoder"] == micro_batches * pictures
     assert not calls["Decoder"]
 

@@ -1,16 +1,18 @@
 """Checkpoints that are damaged, of another run or hostile, and disks that are full."""
 
+import argparse
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from helpers import Run, assert_same_result, forget_result, long
+from helpers import EVERY, WAN, Run, assert_same_result, flags, forget_result, long
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -210,6 +212,33 @@ def test_what_may_change_and_what_may_not(run, resume, options, message):
         resume(**options)
 
 
+FREE = """
+    cache_dir dataset_name train_data_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path
+    motion_adapter_name_or_path on_bad_example dataloader_num_workers
+    train_batch_size gradient_accumulation_steps rollout_batch_size gradient_checkpointing split_pairs allow_tf32
+    enable_xformers_memory_efficient_attention max_train_steps num_train_epochs
+    output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps
+    num_validation_images validation_guidance_scale report_to tracker_project_name push_to_hub hub_model_id
+    output_kohya_format
+""".split()
+
+
+def test_a_checkpoint_keeps_to_all_flags_but_these():
+    """Of all scripts: a new flag has to be in the list, or to make another run."""
+    known = {}
+    for kind, module in EVERY.items():
+        own = {"wan": WAN, "video": dict(motion_adapter_name_or_path="unused")}.get(kind, {})
+        known |= vars(module.parse_args(flags("unused", "unused", "unused", **own)))
+    assert set(FREE) <= set(known), "none of them is gone"
+
+    class Winners(list):
+        first_caption = "a red circle"
+
+    accelerator = SimpleNamespace(mixed_precision="no")
+    settings = script.run_settings(argparse.Namespace(**known), accelerator, Winners(), 4)
+    assert {name[2:] for name in settings if name.startswith("--")} == set(known) - set(FREE)
+
+
 def test_the_end_of_a_falling_rate_may_not_change(train, resume):
     train("run", **{**OPTIONS, "max_train_steps": 2, "lr_scheduler": "cosine", "validation_prompts": None})
     with pytest.raises(ReachedModels):
@@ -231,14 +260,15 @@ def test_another_data_set_is_told_by_its_size_and_first_caption(run, resume, tmp
         resume(data=tmp_path / "moved")
 
 
-def test_another_base_of_the_same_name_is_told_by_its_weights(train, run, sd, tmp_path):
-    """Moved it is the same; with one tensor that is another, be it of the VAE, it is not."""
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_another_base_of_the_same_name_is_told_by_its_weights(train, run, sd, tmp_path, part):
+    """Moved it is the same; with one tensor that is another, whichever it is of, it is not."""
     base = shutil.copytree(sd, tmp_path / "base")
     train("run", model=base, resume_from_checkpoint="latest", **OPTIONS)
-    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    file = base / f"{part}.safetensors"
     weights = load_file(file)
-    weights["decoder.conv_out.bias"] += 1e-3
-    save_file(weights, file)
+    weights[next(name for name in weights if name.endswith("bias"))] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(script.UserError, match="made with base weights [0-9a-f]{16}, not [0-9a-f]{16}: resume with"):
         train("run", model=base, resume_from_checkpoint="latest", **OPTIONS)
 

@@ -120,19 +120,17 @@ def test_a_second_signal_stops_at_once_and_harms_nothing(train, whole, monkeypat
     assert_as_never_stopped(whole(train, **OPTIONS), again)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_to_every_process_is_one_signal(train, whole, number):
     """
-    As Slurm and systemd send SIGTERM: the run's process gets it twice, since its launcher hands on its own, and its
-    loader processes get it too. SIGHUP comes from a terminal that is closed, to the group that those have left.
+    As Slurm and systemd send it: the run's process gets it twice, since its launcher hands on its own, and its loader
+    processes get it too. A terminal that is closed sends SIGHUP.
     """
     options = dict(OPTIONS, dataloader_num_workers=2)
 
     def all_of_them():
-        for process in multiprocessing.active_children() if number == signal.SIGTERM else ():
-            subprocess.run(
-                ["kill", f"-{number}", str(process.pid)], check=True
-            )  # by another process than their parent
+        loaders = [str(process.pid) for process in multiprocessing.active_children()]
+        subprocess.run(["kill", f"-{number}", *loaders], check=True)  # by another process than their parent
         send(number, number)()
 
     code = in_child(

@@ -4,13 +4,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from diffusers import Flux2KleinPipeline
-from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, flags, launch, resumed
-from helpers import Run as RunOf
+from faults import run_of_two
+from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, flags, resumed
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import Qwen3Model
@@ -164,13 +165,10 @@ def test_layout_of_the_batch_does_not_matter(train, cached):
     assert_same_but_for_rounding(one, train("four", train_batch_size=1, gradient_accumulation_steps=4, **options))
 
 
-def test_two_processes_make_the_same_run(train, flux2, winners, tmp_path):
-    options = dict(LAYOUT, cache_latents=True, split_pairs=True, max_sequence_length=tiny.PROMPT_TOKENS)
-    words = flags(flux2, winners, tmp_path / "two", train_batch_size=2, **options)
-    process = launch(words, processes=2, script="train_sspo_flux2.py")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert_same_but_for_rounding(train("one", train_batch_size=4, **options), RunOf(tmp_path / "two"))
+def test_two_processes_make_the_same_run(train):
+    options = dict(LAYOUT, cache_latents=True, split_pairs=True)
+    one = train("one", train_batch_size=4, **options)
+    assert_same_but_for_rounding(one, run_of_two(train, "two", train_batch_size=2, **options))
 
 
 def test_equal_captions_are_cached_once_and_the_size_is_told_first(train, tmp_path, caplog, monkeypatch):
@@ -245,6 +243,17 @@ def test_model_card_carries_the_licence_of_the_base(train, flux2, tmp_path):
     assert "pipeline.enable_model_cpu_offload()" in card.text, "its weights fill a card of 16 GB"
     card = ModelCard.load(train("512", max_sequence_length=512, max_train_steps=1).path / "README.md")
     assert "max_sequence_length" not in card.text.split("```")[1], "the pipeline's own"
+
+
+def test_licences_of_their_own_are_carried_with_name_and_link(tmp_path):
+    """The hub wants both where a licence is none of its list."""
+    told = dict(license="other", license_name="theirs", license_link="LICENSE.md")
+    lines = [f"{name}: {value}" for name, value in told.items()]
+    (tmp_path / "README.md").write_text("\n".join(["---", *lines, "---\n"]))
+    args = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path))
+    assert script.licence(args) == told
+    (tmp_path / "README.md").unlink()
+    assert script.licence(args) == {}
 
 
 # Refusals

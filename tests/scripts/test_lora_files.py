@@ -58,6 +58,13 @@ def test_no_kohya_file_without_the_flag(train):
     assert not (train().path / "pytorch_lora_weights_kohya.safetensors").exists()
 
 
+@with_every
+def test_adapters_have_the_rank_that_was_asked_for(each):
+    run = each(rank=3, max_train_steps=1, rollout_steps=1)
+    weights = load_file(run.path / "pytorch_lora_weights.safetensors")
+    assert {min(weight.shape) for weight in weights.values()} == {3}
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_only_the_layers_that_are_named_get_adapters(trains, kind):
     run = trains[kind](lora_layers="to_k, to_v", max_train_steps=2)

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import SCRIPTS, flags
+from helpers import EVERY, SCRIPTS, flags, quick_first, with_every
+from huggingface_hub import ModelCard
 
 
 @pytest.fixture
@@ -58,10 +59,54 @@ def test_defaults(kind, resolution, guidance):
         assert (args.num_frames, args.frame_stride) == (16, 4)
 
 
+@pytest.mark.parametrize(
+    "kind, own",
+    [
+        ("flux2", dict(resolution=512, validation_guidance_scale=4, max_sequence_length=512)),
+        ("wan", dict(height=480, width=832, num_frames=33, fps=None, flow_shift=None, validation_guidance_scale=5)),
+    ],
+)
+def test_defaults_of_flow_models(kind, own):
+    """Beta is another one, since their errors are larger; size and samples are those of the pipeline."""
+    args = EVERY[kind].parse_args(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"])
+    expected = dict(beta_dpo=500, timestep_shift=1, train_mode="lora", ssr="sign", reference="random", rank=8)
+    expected |= dict(replay_steps=30, replay_size=8, rollout_steps=20, rollout_guidance_scale=1, learning_rate=1e-5)
+    expected |= dict(negative_prompt=None) if kind == "wan" else {}
+    assert {name: getattr(args, name) for name in {**expected, **own}} == {**expected, **own}
+
+
 @pytest.mark.parametrize("batch, accumulation, rollouts", [(4, 1, 4), (1, 256, 16), (3, 8, 15), (32, 2, 32)])
 def test_default_rollout_is_an_update_of_16_rivals_at_most(batch, accumulation, rollouts):
     words = flags("m", "d", "o", train_batch_size=batch, gradient_accumulation_steps=accumulation)
     assert SCRIPTS["sd"].parse_args(words).rollout_batch_size == rollouts
+
+
+# A base of the hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """hub(model, revision): a cache of the hub's with this model as me/base, as fp16 and in this revision alone."""
+
+    def cached(model, revision):
+        place, commit = tmp_path / "cache" / "models--me--base", "0123abcd" * 5
+        shutil.copytree(model, place / "snapshots" / commit)
+        (place / "refs").mkdir()
+        (place / "refs" / revision).write_text(commit)
+        for path in [*place.rglob("*.safetensors")]:
+            path.rename(path.with_suffix(".fp16.safetensors"))
+        return tmp_path / "cache"
+
+    return cached
+
+
+@pytest.mark.parametrize("mode", quick_first("lora", ["full"]))
+@with_every
+def test_a_model_of_the_hub_is_read_in_its_revision_and_its_variant(each, hub, mode):
+    """All of its parts, at the start and for the result."""
+    named = dict(model="me/base", revision="other", variant="fp16", cache_dir=hub(each.base(), "other"))
+    run = each(train_mode=mode, max_train_steps=1, rollout_steps=1, **named)
+    assert ModelCard.load(run.path / "README.md").data.base_model == "me/base"
 
 
 # Bases that would be trained wrongly. The folders have no weights: what is refused is known without them.
@@ -170,7 +215,7 @@ def test_a_size_that_the_base_was_not_made_for_is_told(bases, log, kind):
     load(kind, bases[kind], resolution=64)
     assert log() == []
     load(kind, bases[kind], resolution=128)
-    assert "is made for 64 x 64 pixels, but --resolution is 128" in log()[0]
+    assert "is made for pictures of 64 pixels a side, but --resolution is 128" in log()[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What every script leaves: a result that draws in the stock pipeline what the run drew, its card, the trackers."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from helpers import keep_models, with_every, with_shared_code
+from helpers import EVERY, keep_models, with_every, with_shared_code
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -197,13 +200,42 @@ def test_tensorboard_gets_metrics_and_samples(trains, kind):
 
 
 @with_shared_code
-def test_a_tracker_without_pictures_gets_none(each, tmp_path):
+def test_the_trackers_project_has_the_name_that_was_asked_for(each):
+    run = each(report_to="tensorboard", tracker_project_name="mine", max_train_steps=1, rollout_steps=1)
+    assert [path.name for path in (run.path / "logs").iterdir()] == ["mine"]
+
+
+def write_one(script, folder, tracker):
+    """One white sample of update 7, of 16 x 16 pixels and two frames, is written and handed to the tracker."""
+    args = SimpleNamespace(output_dir=folder, num_frames=2, height=16, width=16, fps=8)
+    picture = Image.new("RGB", (16, 16), "white")
+    script.write_samples([[[picture] * 2 if script.MODALITY == "video" else picture]], args, 7, [tracker])
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_tracker_without_pictures_gets_none(kind, tmp_path):
     """Of what --report_to all may find installed, MLflow and others log numbers alone."""
-    args = SimpleNamespace(output_dir=tmp_path, num_frames=1, height=64, width=64, fps=8)
-    picture = Image.new("RGB", (64, 64))
-    one = [picture] if each.script.SAMPLES == "gif" or hasattr(each.script, "STRIP") else picture
-    each.script.write_samples([[one]], args, 7, [SimpleNamespace(name="mlflow")])
+    write_one(EVERY[kind], tmp_path, SimpleNamespace(name="mlflow"))
     assert list((tmp_path / "samples").glob("step-7.*"))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_wandb_gets_samples_in_its_own_form(kind, tmp_path, monkeypatch):
+    """A picture as an array, a clip as its own class made of a file."""
+    video, given = SimpleNamespace(Video=lambda path, format: (Path(path).name, format)), []
+    monkeypatch.setitem(sys.modules, "wandb", video)
+
+    def log(values, step):
+        given.append((values["samples"], step))
+
+    write_one(EVERY[kind], tmp_path, SimpleNamespace(name="wandb", log=log, log_images=log))
+    ((sample, step),) = given
+    assert step == 7
+    if EVERY[kind].MODALITY == "video":
+        form = {"video": "gif", "wan": "mp4"}[kind]
+        assert sample == (f"step-7.{form}", form)
+    else:
+        assert sample.shape == (1, 16, 16, 3) and sample.min() == 255
 
 
 @with_shared_code
@@ -217,16 +249,24 @@ def test_cached_prompts_leave_no_text_encoder_behind(each, monkeypatch):
 
 
 @with_every
-def test_push_to_hub_uploads_the_result_only(each, monkeypatch):
-    calls = {}
-    monkeypatch.setattr(each.script, "create_repo", lambda *a, **k: calls.update(create=a) or repository)
-    monkeypatch.setattr(each.script, "upload_folder", lambda **k: calls.update(upload=k))
-    repository = SimpleNamespace(repo_id="me/run")
-    run = each(push_to_hub=True, max_train_steps=1)
-    assert calls["create"] == ("run",)
-    assert calls["upload"]["repo_id"] == "me/run"
-    assert calls["upload"]["folder_path"] == str(run.path)
-    assert {"checkpoint-*", "replay/*", "cache/*", "logs/*"} <= set(calls["upload"]["ignore_patterns"])
+def test_push_to_hub_goes_to_the_named_repository_and_takes_the_result_alone(each, monkeypatch):
+    """Of all that a run may leave, by the hub's own filter: no checkpoint, bank, cache or log."""
+    calls = []
+    made = SimpleNamespace(repo_id="me/other")
+    monkeypatch.setattr(each.script, "create_repo", lambda *a, **k: calls.append((a, k)) or made)
+    monkeypatch.setattr(each.script, "upload_folder", lambda **k: calls.append(k))
+    options = dict(cache_latents=True, checkpointing_steps=1, report_to="tensorboard", max_train_steps=1)
+    options |= dict(rollout_steps=1, validation_prompts=["a red circle"])
+    run = each(push_to_hub=True, hub_model_id="other", **options)
+    (created, upload) = calls
+    assert created == (("other",), dict(exist_ok=True))
+    assert (upload["repo_id"], upload["folder_path"]) == ("me/other", str(run.path))
+    there = [path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()]
+    samples = {name for name in there if name.startswith("samples/")}
+    assert samples and {name.split("/")[0] for name in there} > {"checkpoint-1", "replay", "cache", "logs"}
+    taken = set(filter_repo_objects(there, ignore_patterns=upload["ignore_patterns"]))
+    assert taken == {"pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", *samples}
+    assert 'load_lora_weights("other")' in (run.path / "README.md").read_text()
 
 
 def refuse(*args, **kwargs):

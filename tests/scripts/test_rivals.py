@@ -1,10 +1,22 @@
 """Where rivals come from: the data's own losers, or samples that are used again."""
 
+import io
 import math
 
+import datasets
 import pytest
+import tiny
 import torch
-from helpers import EVERY, assert_same_but_for_rounding, assert_same_result, flags, resumed, with_every
+from helpers import (
+    EVERY,
+    assert_same_but_for_rounding,
+    assert_same_result,
+    flags,
+    open_winners,
+    resumed,
+    served,
+    with_every,
+)
 from safetensors.torch import load_file
 
 import train_sspo_sd as script
@@ -53,6 +65,29 @@ def test_the_loser_is_cropped_and_mirrored_as_its_winner(tmp_path, pairs):
             assert (drawn ^ other).float().mean() < 0.02 and not torch.equal(loaded["pixels"], loaded["rival_pixels"])
             mirrored.add(bool(drawn[:, :24].sum() > drawn[:, 24:].sum()))
     assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["video", "wan"])
+def test_pairs_of_clips_give_the_better_one_and_the_other(tmp_path, kind, streaming):
+    """Which one is known by its colour. Both are cut alike, and the tie is left out."""
+
+    def clip(caption):
+        file = io.BytesIO()
+        tiny.write_clip(file, tiny.moving_frames(caption))
+        return file.getvalue()
+
+    red, blue = clip("a red square"), clip("a blue square")
+    pairs = [(red, blue, 1.0), (blue, red, 0.0), (red, blue, 0.5)]
+    rows = [{**dict(zip(("video_0", "video_1", "label_0"), pair)), "caption": "a red square"} for pair in pairs]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    data = open_winners(EVERY[kind], tmp_path, tmp_path / "pairs.parquet", rivals="given", streaming=streaming)
+    assert streaming or data.ties == 1
+    for example in served(data, 4):
+        winner, rival = (example[name].mean((0, 2, 3)) for name in ("pixels", "rival_pixels"))
+        assert winner[0] > winner[2] and rival[2] > rival[0]
+        drawn = [(example[name] < 0).any(1).float().mean((1, 2)) for name in ("pixels", "rival_pixels")]
+        torch.testing.assert_close(*drawn, rtol=0, atol=0.02)
 
 
 @with_every

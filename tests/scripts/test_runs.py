@@ -1,8 +1,11 @@
 """Whole runs of every script: what an update is, and what may not change it."""
 
+import inspect
 import math
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from helpers import (
     LAYOUT,
     assert_same_but_for_rounding,
     assert_same_result,
+    flags,
     keep_models,
     quick_first,
     with_every,
@@ -17,6 +21,9 @@ from helpers import (
 )
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train_sspo_sd
 
 
 SFT_METRICS = {"step", "loss", "mse/policy_winner", "lr", "grad_norm", "time/rollout", "time/update"}
@@ -69,6 +76,29 @@ def test_first_update_is_ln_2_with_gaps_of_exactly_0(each, options):
         assert set(line) == SSPO_METRICS
     assert run.metrics[1]["gap/winner"] != 0
     assert run.metrics[1]["gap/rival"] != 0
+
+
+@pytest.mark.parametrize("options", [{}, dict(train_mode="full"), dict(loss_type="sft"), dict(optimizer="adafactor")])
+def test_an_update_lowers_the_loss_that_it_was_made_from(train, monkeypatch, options):
+    """Of the same pairs, noise and timesteps: it goes down the gradient, not up."""
+    given, loss_of = [], train.script.training_loss
+    monkeypatch.setattr(train.script, "training_loss", lambda *a: given.append(a) or loss_of(*a))
+    run = train(max_train_steps=1, learning_rate=1e-4, **options)
+    with torch.no_grad():
+        again, _ = loss_of(*given[0])
+    assert again.item() < run.column("loss")[0] - 1e-6
+
+
+def test_the_loss_is_told_the_flags(train, monkeypatch):
+    """By place in the call: two that change places would train on, to something else."""
+    given, loss_of = [], train.script.sspo_loss
+    monkeypatch.setattr(train.script, "sspo_loss", lambda *a, **k: given.append((a, k)) or loss_of(*a, **k))
+    told = dict(ssr="indicator", rival_weight=0.3, sft_weight=2.0, unpaired=True)
+    train(max_train_steps=1, beta_dpo=500, **told)
+    ((by_place, by_name),) = given
+    bound = inspect.signature(loss_of).bind(*by_place, **by_name)
+    bound.apply_defaults()
+    assert {name: bound.arguments[name] for name in ("beta", *told)} == {"beta": 500, **told}
 
 
 @pytest.mark.parametrize("mode", quick_first("lora", ["full"]))
@@ -202,6 +232,67 @@ def test_seed_0_is_a_seed(each):
 # Optimizers and schedules
 
 
+def by_adamw(w, gradients, rate, beta1, beta2, decay, epsilon):
+    m = v = 0.0
+    for t, g in enumerate(gradients, start=1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        w = w * (1 - rate * decay) - rate * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + epsilon)
+    return w
+
+
+def by_adafactor(w, gradients, rate, beta1, beta2, decay, epsilon):
+    """With one gradient all over a matrix: its second moment, kept as row and column, is that gradient's square."""
+    v = 0.0
+    for t, g in enumerate(gradients, start=1):
+        share = 1 - t**-0.8
+        v = share * v + (1 - share) * g**2
+        update = g / math.sqrt(v)
+        w = w * (1 - rate * decay) - rate * update / max(1, abs(update))
+    return w
+
+
+ADAM = dict(learning_rate=0.1, adam_beta1=0.6, adam_beta2=0.8, adam_weight_decay=0.3, adam_epsilon=0.05)
+
+
+@pytest.mark.parametrize("optimizer, by_hand", [("adamw", by_adamw), ("adafactor", by_adafactor)])
+def test_the_optimizer_steps_by_the_numbers_of_the_flags(optimizer, by_hand):
+    args = train_sspo_sd.parse_args(flags("unused", "unused", "unused", optimizer=optimizer, **ADAM))
+    weight = torch.nn.Parameter(torch.full((3, 2), 5.0))
+    made, _ = train_sspo_sd.make_optimizer([weight], args)
+    gradients = (0.2, -0.5)
+    for gradient in gradients:
+        weight.grad = torch.full_like(weight, gradient)
+        made.step()
+    expected = torch.full((3, 2), by_hand(5.0, gradients, *ADAM.values()))
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_8bit_adam_is_told_the_same_numbers():
+    args = train_sspo_sd.parse_args(flags("unused", "unused", "unused", use_8bit_adam=True, **ADAM))
+    made, _ = train_sspo_sd.make_optimizer([torch.nn.Parameter(torch.ones(2))], args)
+    (group,) = made.param_groups
+    assert [group[name] for name in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.6, 0.8), 0.3, 0.05]
+
+
+@with_shared_code
+def test_gradients_are_clipped_and_their_norm_is_told_before(each):
+    """Once an update, of all micro-batches together."""
+    norms = []
+
+    def look(optimizer, *_):
+        gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        options = dict(max_train_steps=2, gradient_accumulation_steps=2)
+        clipped, free = each("clipped", max_grad_norm=0.01, **options), each("free", max_grad_norm=1e9, **options)
+    finally:
+        hook.remove()
+    assert min(clipped.column("grad_norm")) > 0.02
+    assert norms == pytest.approx([0.01, 0.01, *free.column("grad_norm")], rel=1e-3)
+
+
 def test_8bit_adam_steps(train):
     """Its states really are bytes, and the weights move as with 32 bits."""
     run = train(checkpointing_steps=2, train_mode="full", use_8bit_adam=True)
@@ -242,10 +333,33 @@ def test_cosine_with_restarts_restarts(each):
     assert run.column("lr") == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4])
 
 
+@with_shared_code
+def test_times_are_seconds_of_an_update_and_of_its_rollouts(each, monkeypatch):
+    """By a clock that moves on in sampling and in the loss alone: two rollouts of 5 s, two micro-batches of 2 s."""
+    script, now = each.script, [0.0]
+
+    def takes(seconds, function):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic))
+    monkeypatch.setattr(script, "self_sample", takes(5, script.self_sample))
+    monkeypatch.setattr(script, "training_loss", takes(2, script.training_loss))
+    options = dict(max_train_steps=2, gradient_accumulation_steps=2, rollout_batch_size=2, rollout_steps=1)
+    for loss_type, rollout, update in (("sspo", 10, 14), ("sft", 0, 4)):
+        run = each(loss_type, loss_type=loss_type, **options)
+        assert (run.column("time/rollout"), run.column("time/update")) == ([rollout] * 2, [update] * 2)
+
+
 # Quiet
 
 
-@pytest.mark.parametrize("options", [dict(train_mode="lora", cache_latents=True), dict(train_mode="full")])
+@pytest.mark.parametrize(
+    "options", quick_first(dict(train_mode="full", cache_latents=True), [dict(train_mode="lora")])
+)
 @with_every
 def test_no_run_is_told_that_something_is_deprecated(each, options):
     """Of `torch_dtype`, for one, diffusers warns when it loads a pipeline, and is silent when it loads a part."""

@@ -1,5 +1,7 @@
 """train_sspo_video.py: what clips and motion modules change in a run. What all scripts promise is tested for all."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +9,8 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from PIL import Image
 from safetensors.torch import load_file
+
+import train_sspo_video as script
 
 
 @pytest.fixture
@@ -52,6 +56,15 @@ def test_samples_move_and_stand_still(train):
                 assert np.abs(ours - np.asarray(theirs, dtype=int)).mean() < 12, "but for the palette"
     with Image.open(run.path / "samples" / "step-2.gif") as gif:
         assert 110 <= gif.info["duration"] <= 130
+
+
+def test_the_gif_stands_row_above_row_and_prompt_beside_prompt(tmp_path):
+    """Told by a colour of row, prompt and frame."""
+    colours = np.indices((2, 3, 3)).transpose(1, 2, 3, 0) * (200, 100, 50)
+    rows = [[[Image.new("RGB", (16, 16), tuple(map(int, c))) for c in clip] for clip in row] for row in colours]
+    script.write_samples(rows, SimpleNamespace(output_dir=tmp_path, num_frames=3), 1, [])
+    moving = np.array(frames_of(tmp_path / "samples" / "step-1.gif", 2, 3))
+    assert np.abs(moving[:, :, :, 8, 8] - colours).max() < 12, "but for the palette"
 
 
 def test_tensorboard_gets_the_clip_as_it_is(train):

@@ -15,17 +15,8 @@ import pytest
 import tiny
 import torch
 from diffusers import WanPipeline
-from helpers import (
-    LAYOUT,
-    WAN,
-    assert_same_but_for_rounding,
-    assert_same_result,
-    flags,
-    keep_models,
-    launch,
-    resumed,
-)
-from helpers import Run as RunOf
+from faults import run_of_two
+from helpers import LAYOUT, assert_same_but_for_rounding, assert_same_result, flags, keep_models, resumed
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
@@ -149,13 +140,10 @@ def test_layout_of_the_batch_does_not_matter(train, cached):
     assert_same_but_for_rounding(one, train("four", train_batch_size=1, gradient_accumulation_steps=4, **options))
 
 
-def test_two_processes_make_the_same_run(train, wan, clips, tmp_path):
+def test_two_processes_make_the_same_run(train):
     options = dict(LAYOUT, cache_latents=True, split_pairs=True)
-    words = flags(wan, clips, tmp_path / "two", train_batch_size=2, **WAN, **options)
-    process = launch(words, processes=2, script="train_sspo_wan.py")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert_same_but_for_rounding(train("one", train_batch_size=4, **options), RunOf(tmp_path / "two"))
+    one = train("one", train_batch_size=4, **options)
+    assert_same_but_for_rounding(one, run_of_two(train, "two", train_batch_size=2, **options))
 
 
 # Prompts
@@ -367,10 +355,3 @@ def test_wrong_flags_are_one_line(capsys, options, message):
         script.parse_args(flags("unused", "unused", "unused", **{"resolution": None, **options}))
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
-
-
-def test_defaults_are_the_models_own_size():
-    args = script.parse_args(flags("unused", "unused", "unused", resolution=None))
-    assert (args.height, args.width, args.num_frames, args.fps) == (480, 832, 33, None)
-    assert (args.beta_dpo, args.validation_guidance_scale, args.negative_prompt) == (500, 5, None)
-    assert Path(script.__file__).name == "train_sspo_wan.py"
