@@ -1541,7 +1541,7 @@ class WinnerStream(torch.utils.data.IterableDataset):
 
 
 # Copied from train_sspo_sd.LINUX
-LINUX = sys.platform == "linux"
+LINUX = sys.platform == "linux"  # where loader processes are forked, see make_loader
 
 
 # Copied from train_sspo_sd.heed_parent
@@ -1572,6 +1572,8 @@ def make_loader(stream, args):
     # Several workers would share a stream's shards among them, which changes the order.
     workers = min(args.dataloader_num_workers, 1) if args.streaming else args.dataloader_num_workers
     group = args.rollout_batch_size // args.train_batch_size  # micro-batches whose rivals are sampled at once
+    # Forked where that is safe: a fork server (Python 3.14's default) is itself ended by a signal to every process,
+    # and its children have threads before they can block one.
     return iter(
         torch.utils.data.DataLoader(
             stream,
@@ -1580,7 +1582,7 @@ def make_loader(stream, args):
             num_workers=workers,
             worker_init_fn=ignore_signals,
             prefetch_factor=max(math.ceil(group / workers), 2) if workers else None,
-            multiprocessing_context="fork" if workers and LINUX else None,  # see LINUX
+            multiprocessing_context="fork" if workers and LINUX else None,
         )
     )
 
