@@ -39,7 +39,12 @@ def mean_of(base, row, place, name, part="held out", half=False):
     return float(np.mean([line[name] for line in lines])) if lines else None
 
 
-def compare(base, row, place, name="mmd", sft_place=None):
+def root(values):
+    """Square roots that keep the sign: an MMD without bias may be below 0."""
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray):
     """
     A row minus SFT on T1, both at guidance 1 or each at its own best, paired by seed and caption.
 
@@ -47,6 +52,7 @@ def compare(base, row, place, name="mmd", sft_place=None):
 
     Args:
         sft_place: where SFT is another place than the row.
+        scale: of the values before their difference, such as `root`.
     Returns:
         what mixed_model does; `sft`, the mean of SFT; `seeds`, how many there are; and `without`, (mean, caption)
         without the caption whose absence brings the mean nearest to 0 or past it. None for fewer than two seeds.
@@ -60,7 +66,7 @@ def compare(base, row, place, name="mmd", sft_place=None):
     seeds, captions, ours, theirs = zip(*pairs) if pairs else [()] * 4
     if len(set(seeds)) < 2:
         return None
-    gains = np.subtract(ours, theirs)
+    gains = scale(ours) - scale(theirs)
     fitted = mixed_model(gains, seeds, captions)
     others = [(gains[np.not_equal(captions, one)].mean(), one) for one in sorted(set(captions))]
     without = min(others, key=lambda other: other[0] * np.sign(fitted["mean"]))
@@ -118,7 +124,7 @@ def table(told):
 def beside_table(told):
     """What the plan wants beside the verdicts: score, the place that a recommendation asks for, one caption less."""
     head = ["row", "place", "base", "score − SFT's", "equivalent in score", "MMD − SFT's at its best guidance"]
-    head.append("MMD − SFT's without one caption")
+    head += ["MMD − SFT's without one caption", "√MMD − SFT's"]
     lines = []
     for row, place, both, _, _ in told:
         for base, one in zip(study.BASES, both):
@@ -126,7 +132,7 @@ def beside_table(told):
             best = compare(base, row, place, sft_place=PLACES[1])
             mean, caption = one["without"]
             lines.append([row, place, base, interval(score), "yes" if furthest(score) < PRICES["score"] else "no"])
-            lines[-1] += [interval(best), f"{mean:+.3f} ({caption})"]
+            lines[-1] += [interval(best), f"{mean:+.3f} ({caption})", interval(compare(base, row, place, scale=root))]
     return study.report.table(head, lines)
 
 
