@@ -1139,8 +1139,9 @@ def open_dataset(args, kind):
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
     suffixes = {file.suffix for file in path.rglob("*")}
     captioned = ".txt" in suffixes and not suffixes & {*FILE_BUILDERS, ".csv", ".jsonl"}
-    # img2dataset leaves a parquet beside each shard, without the pictures, and datasets might read that.
-    shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
+    shards = []
+    if {".tar", ".parquet"} <= suffixes:  # img2dataset's: beside each shard a table without pictures, not to be read
+        shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # made by save_to_disk
             dataset = datasets.load_from_disk(source)
@@ -2260,7 +2261,7 @@ def main(args):
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="updates", disable=not accelerator.is_local_main_process
     )
-    accelerator.wait_for_everyone()  # until here a signal ends a process at once, also where it would wait for others
+    accelerator.wait_for_everyone()  # for the samples of the base: a signal still ends at once who waits here
     with catch_signals(accelerator) as signalled, progress:
         while not (stopped := signalled()):  # all processes meet here, so all can read what the main one has written
             due = step > 0 and (step % args.validation_steps == 0 or step == args.max_train_steps)
