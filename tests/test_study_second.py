@@ -226,11 +226,14 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
         assert run.flags()["seed"] == run.seed + 1000 * fresh, "SFT goes on with noise that its start has not seen"
         args = second.script.parse_args(run.command_line("start", "winners", "out"))
         assert args.train_mode == "full" and args.rollout_guidance_scale == 1 and args.rivals_per_winner is None
+        assert "half" not in run.models or 2 * args.checkpointing_steps == args.max_train_steps
         assert args.unpaired == run.row.startswith("unpaired")
     main = [run for run in runs if run.task == "T1" and run.stage == "main"]
     for row in second.FAMILY + ("sft constant", "sft decaying", "start"):
         assert sum(run.row == row for run in main) == 16, row
     assert all({"end", "average 0.99"} <= set(run.models) for run in main if run.row == "sft constant")
+    order = [run.row for run in runs if run.task == "T1" and run.stage == "main"]
+    assert {*order[-6 * 4 * 2 :]} == {*second.T1_THEN}, "the family's seeds come first"
     tuned = {}
     for run in runs:
         if run.task == "T1" and run.stage == "tuning" and second.ROWS[run.row].trained:
@@ -251,6 +254,25 @@ def test_the_neighbour_beyond_an_edge_is_tried_too(monkeypatch):
     assert second.beyond("first", "hinge") == [{rate: 1e-5, margin: 0.001}, {rate: 3e-5, margin: 1e-4}]
     assert second.best_two("first", "unpaired")[0][rate] == 1e-5
     assert {second.best_two("first", "hinge")[0][margin]} == {1e-4}
+
+
+def test_the_neighbour_of_the_best_of_all_seeds_gets_all_seeds(monkeypatch):
+    """With the first seed alone a rate within the grid is best, with all three the least one."""
+
+    def made_up(run):
+        best = 9e-5 if run.seed == second.TUNING[0] else 2e-5
+        return record(run, lambda *_: abs(np.log(dict(run.settings).get("learning_rate", best) / best)))
+
+    monkeypatch.setattr(second, "told", made_up)
+    second.chosen.cache_clear()
+    row, rates = "sft decaying", [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
+    assert second.beyond("first", row) == [] and second.best_two("first", row) == [rates[2], rates[1]]
+    assert second.beyond_all("first", row) == rates[:1]
+    *_, last = [list(stage()) for stage in second.tuning_stages()]
+    assert [run.seed for run in last if run.row == row] == [100, 101, 102]
+    assert {run.settings for run in last if run.row == row} == {second.settings_of(rates[0])}
+    assert dict(second.chosen("first", row)[0]) == rates[1], "of three candidates the best over all seeds"
+    second.chosen.cache_clear()
 
 
 def test_hinge_is_its_formula():
@@ -282,7 +304,8 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(second, "COMMON", second.COMMON | {"train_batch_size": 2, "lr_warmup_steps": 0})
     short = {"max_train_steps": 3, "rollout_steps": 2, "replay_steps": 2, "draws_per_pair": 1}
     flags = second.Run.flags
-    monkeypatch.setattr(second.Run, "flags", lambda run: flags(run) | short)
+    half = {"checkpointing_steps": 1}
+    monkeypatch.setattr(second.Run, "flags", lambda run: flags(run) | short | (half if "half" in run.models else {}))
     start = second.Run("start", "first", "sft decaying", 100, second.settings_of(second.START_GRID[0]), ())
     monkeypatch.setattr(second, "start_of", lambda base, seed, share=0.0: start)
     return start
@@ -312,22 +335,32 @@ def test_a_run_is_trained_measured_counted_and_collected(tiny):
 
 def test_kept_weights_draw_once_more_in_more_steps(tiny, monkeypatch):
     """The same model and noise as the main run, so that only the steps differ; nothing is trained."""
-    run = second.Run("T1", "first", "sft constant", 0, (("learning_rate", 1e-3),), ("end",), (1.0,))
+    run = second.Run("T1", "first", "sft constant", 0, (("learning_rate", 1e-3),), ("half", "end"), (1.0,))
     monkeypatch.setattr(second, "main_run", lambda task, base, row, seed: run)
-    assert [*second.finer_runs()] == [], "no weights are kept yet"
+    assert [*second.finer_runs(["sft constant"])] == [], "no weights are kept yet"
     second.carry_out(run)
-    (finer,) = {*second.finer_runs()}
+    (finer,) = {*second.finer_runs(["sft constant"])}
     monkeypatch.setattr(second, "train", None)
     second.carry_out(finer)
     main, again = (json.loads(one.result.read_text()) for one in (run, finer))
     assert (again["stage"], again["flags"], again["start"]) == ("finer", {}, main["start"])
     assert [line["model"] for line in again["captions"]] == ["end"]
-    assert again["captions"][0]["mmd"] != main["captions"][0]["mmd"]
+    half, end = main["captions"]
+    assert (half["model"], end["model"]) == ("half", "end") and half["mmd"] != end["mmd"]
+    assert again["captions"][0]["mmd"] != end["mmd"]
+    begun, *kept = (
+        weights["conv_in.weight"]
+        for weights in (
+            second.weights_of(second.start_folder(run)),
+            *(second.load_file(second.kept(run, model)) for model in ("half", "end")),
+        )
+    )
+    assert (kept[0] != begun).any() and (kept[1] - begun).norm() > (kept[0] - begun).norm(), "further on its way"
     pipeline = study.load_pipeline(study.BASES["first"], "cpu")
     ((_, weights),) = second.models_of(finer, None, {})
     pipeline.unet.load_state_dict(weights)
     (measured,) = second.measure(pipeline, run, "end")
-    assert measured["mmd"] == pytest.approx(main["captions"][0]["mmd"], abs=0.02), "the main run's, in half precision"
+    assert measured["mmd"] == pytest.approx(end["mmd"], abs=0.02), "the main run's, in half precision"
 
 
 def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch, tmp_path):
@@ -431,6 +464,8 @@ def made_up(told, monkeypatch):
     def main(run):
         if run.stage == "tuning":
             return tuning(run)
+        if run.task == "T1" and run.row in second.T1_THEN and run.seed > 3:
+            return None
         rng = RNG([run.seed, *run.base.encode(), *run.row.encode()])
         of_seed, lines = 0.002 * rng.normal(), []
         for model in run.models:
@@ -444,10 +479,11 @@ def made_up(told, monkeypatch):
                         "second score": 0.9,
                         "recall": 0.4 if run.row == "sign" else 0.5,
                     }
-                    line |= {"precision": 0.7, "memorisation": 0.98}
+                    line |= {"precision": 0.7, "memorisation": 0.98, "spoiled": run.share / 2}
                     lines += [line, line | {"part": "aligned", "mmd": line["mmd"] - 0.1}]
         start = f"{run.seed}" if run.row != "extrapolated" or run.seed != 7 else "made again elsewhere"
-        return {"captions": lines, "start": start, "seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
+        cost = {"seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
+        return {"captions": lines, "start": start, "error": 0.05, **cost}
 
     monkeypatch.setattr(second, "told", main)
 
@@ -489,8 +525,16 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     second_report.write(second_report.family())
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("| unpaired | 1 "))
-    guidance, seeds, mmd, precision, recall, *_, aligned, memorisation = line.split(" | ")[1:]
-    assert (guidance, seeds, precision, recall, memorisation.strip(" |")) == ("1", "8", "0.700", "0.500", "0.980")
+    guidance, seeds, mmd, precision, recall, *_, aligned, memorisation, error, latents, seconds = line.split(" | ")[1:]
+    assert (guidance, seeds, precision, recall, memorisation) == ("1", "8", "0.700", "0.500", "0.980")
+    assert (error, latents, seconds.strip(" |")) == ("0.0500", "40", "200")
+    assert "\n| sft, 4 draws | 1 | 4 | " in printed and "\n| sft, 4 draws | 1 | 8 | " not in printed
+    leads = [line.split(" | ") for line in printed.splitlines() if line.startswith("| unpaired, latest | guidance 1")]
+    assert [line[2] for line in leads] == ["first", "second"] and leads[0][3] == "4"
+    assert float(leads[0][5].split(" ")[0]) == pytest.approx(0.05, abs=0.01), "unpaired is better by that"
+    degraded = next(line for line in printed.splitlines() if line.startswith("| 40% | unpaired, base | 1 "))
+    assert degraded.strip(" |").split(" | ")[5::2] == ["0.200", "0.200"]
+    assert printed.strip().endswith(": first 7, second 7")
     assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
     assert "beta_dpo 200, learning_rate 0.0001 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
@@ -499,7 +543,8 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     ]
     assert beside[0][3:5] == ["+0.020 [+0.020, +0.020]", "yes"] and beside[0][5].startswith("-0.0")
     expected = 0.25**0.5 - 0.3**0.5
-    assert float(beside[0][7].split(" ")[0]) == pytest.approx(expected, abs=0.01)
+    assert float(beside[0][6]) == pytest.approx(0.03, abs=0.001), "a tenth of SFT's"
+    assert float(beside[0][8].split(" ")[0]) == pytest.approx(expected, abs=0.01)
     assert second_report.root(np.array([0.04, -0.04])) == pytest.approx([0.2, -0.2])
     (line,) = [line for line in second_report.finer_table("first").splitlines() if line.startswith("| unpaired | 1 ")]
     assert line.split(" | ")[2] == "3" and float(line.split(" | ")[3]) == pytest.approx(0.25, abs=0.01)
@@ -529,14 +574,13 @@ def test_the_stages_run_in_turn_and_a_failure_stops_them(tmp_path, monkeypatch):
             raise RuntimeError("this one is broken")
         run.result.write_text('"made now"')
 
-    monkeypatch.setattr(second, "stages", stages)
     monkeypatch.setattr(second, "carry_out", carry_out)
     (tmp_path / "runs").mkdir()
     runs[0].result.write_text('"kept"')
-    assert second.run_all(1) == 1, "one failed"
+    assert second.run_all(1, stages()) == 1, "one failed"
     assert [second.told(run) for run in runs] == ["kept", "made now", "made now", None]
     with second.only_one("run"), pytest.raises(BlockingIOError):
-        second.run_all(1)
+        second.run_all(1, stages())
 
 
 def test_power_from_the_tuning_is_that_of_its_variances(told, monkeypatch):

@@ -5,6 +5,7 @@ train_sspo_sd.py and what its pictures are like. It leaves one file in work/runs
 while that file, or its line in data/runs.csv, is there: the study can be stopped and continued at any time.
 
     python examples/study/second.py run --workers 2  # what is missing, in the plan's order
+    python examples/study/second.py tune             # the same, but no main runs: the plan has a step before them
     python examples/study/second.py collect          # work/runs into data/ (data/columns.md tells the columns)
     python examples/study/second.py status           # how much of the plan is there
 """
@@ -223,7 +224,7 @@ def collected():
         numbers = {name: float(line[name]) for name in ("error", "seconds", "forwards", "backwards")}
         records[line["run"]] = {"start": line["start"], **numbers, "captions": []}
     for line in read_csv(DATA / "captions.csv.gz"):
-        numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line[name]}
+        numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line.get(name)}
         records[line["run"]]["captions"].append(line | numbers)
     return records
 
@@ -257,23 +258,38 @@ def criterion(runs, model):
     return (values[0] + min(values)) / 2
 
 
-def ranked(base, row, grid):
-    """Settings by how they do with the first tuning seed, each by its best model; the best comes first."""
-    first = trials(base, row, TUNING[0], grid)
-    first.sort(key=lambda run: min(criterion([run], model) for model in ROWS[row].models))
-    return [dict(run.settings) for run in first]
+def ranked(base, row, grid, seeds):
+    """[(criterion, settings, model)] of all models of the settings over some tuning seeds, the best first."""
+    found = []
+    for trial in grid:
+        runs = [run for seed in seeds for run in trials(base, row, seed, [trial])]
+        found += [(criterion(runs, model), trial, model) for model in ROWS[row].models]
+    return sorted(found, key=lambda one: one[0])
+
+
+def neighbours(trial, tried):
+    """The settings beyond an edge of the grid on which `trial` lies, but for those that were tried."""
+    further = [{**trial, name: BEYOND.get(name, {}).get(value, value)} for name, value in trial.items()]
+    return [other for other in further if other not in tried]
 
 
 def beyond(base, row):
-    """The settings that are tried too since the best lies at an edge of the grid."""
-    best = ranked(base, row, ROWS[row].grid)[0]
-    further = [{**best, name: BEYOND.get(name, {}).get(value, value)} for name, value in best.items()]
-    return [trial for trial in further if trial not in ROWS[row].grid]
+    """The settings that are tried too since the best with the first tuning seed lies at an edge of the grid."""
+    (_, best, _), *_ = ranked(base, row, ROWS[row].grid, TUNING[:1])
+    return neighbours(best, ROWS[row].grid)
 
 
 def best_two(base, row):
     """The two settings that do best with the first tuning seed: these get the other seeds."""
-    return ranked(base, row, [*ROWS[row].grid, *beyond(base, row)])[:2]
+    tried = [*ROWS[row].grid, *beyond(base, row)]
+    order = [settings_of(trial) for _, trial, _ in ranked(base, row, tried, TUNING[:1])]
+    return [dict(settings) for settings in dict.fromkeys(order)][:2]
+
+
+def beyond_all(base, row):
+    """The settings that get all seeds since the best over all seeds lies at an edge beyond which none was tried."""
+    (_, best, _), *_ = ranked(base, row, best_two(base, row), TUNING)
+    return neighbours(best, [*ROWS[row].grid, *beyond(base, row)])
 
 
 @functools.cache
@@ -281,11 +297,9 @@ def chosen(base, row):
     """(settings, model, guidance) of a row: the best over the three tuning seeds."""
     if ROWS[row].like:
         return chosen(base, ROWS[row].like)
-    candidates = []
-    for trial in best_two(base, row):
-        runs = [run for seed in TUNING for run in trials(base, row, seed, [trial])]
-        candidates += [(criterion(runs, model), runs, model) for model in ROWS[row].models]
-    _, runs, model = min(candidates, key=lambda candidate: candidate[0])
+    tried = [*best_two(base, row), *beyond_all(base, row)]
+    (_, settings, model), *_ = ranked(base, row, tried, TUNING)
+    runs = [run for seed in TUNING for run in trials(base, row, seed, [settings])]
     guidance = min(GUIDANCES, key=lambda guidance: mean_mmd(runs, model, guidance))
     return runs[0].settings, model, guidance
 
@@ -311,21 +325,20 @@ def main_run(task, base, row, seed, share=0.0):
     owner = ROWS[row].of or row
     _, models, guidances = zip(*(chosen(base, name) for name, other in ROWS.items() if owner in (name, other.of)))
     half = ["half"] if ROWS[row].trained else []
+    models = sorted(models, key="end".__eq__)  # last, so that the record's error is its own
     return Run(task, base, owner, seed, settings, (*half, *models), tuple(sorted({1.0, *guidances})), share)
 
 
-def finer_runs():
+def finer_runs(rows):
     """The main runs of the first seeds whose weights were kept on this machine: their pictures in twice the steps."""
     for seed in SEEDS[:3]:
-        for run in dict.fromkeys(
-            main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST + T1_THEN
-        ):
+        for run in dict.fromkeys(main_run("T1", base, row, seed) for base in study.BASES for row in rows):
             models = tuple(model for model in run.models if model != "half")
             if all(kept(run, model).exists() for model in models):
                 yield replace(run, models=models, steps=FINER)
 
 
-def stages():
+def tuning_stages():
     """Functions that give runs, each to be called when those of the one before are there."""
     for base in study.BASES:
         yield lambda base=base: start_trials(base)
@@ -335,16 +348,33 @@ def stages():
         yield lambda base=base: [
             run for row in TUNED for seed in TUNING[1:] for run in trials(base, row, seed, best_two(base, row))
         ]
+        yield lambda base=base: [
+            run for row in TUNED for seed in TUNING for run in trials(base, row, seed, beyond_all(base, row))
+        ]
+
+
+def main_stages():
+    """The same of the main runs, for when the tuning is there."""
     for seed in SEEDS:
         yield lambda seed=seed: [start_of(base, seed) for base in study.BASES]
-        rows = T1_FIRST + (T1_THEN if seed in SEEDS[:4] else ())
-        yield lambda seed=seed, rows=rows: [main_run("T1", base, row, seed) for base in study.BASES for row in rows]
-    yield lambda: [*finer_runs()]
+        yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST]
+        if seed == SEEDS[2]:  # as soon as they can be: the weights are on this machine alone
+            yield lambda: [*finer_runs(T1_FIRST)]
+    for seed in SEEDS[:4]:
+        yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
+        if seed == SEEDS[2]:
+            yield lambda: [*finer_runs(T1_THEN)]
     for seed in SEEDS[:3]:
         yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
         yield lambda seed=seed: [
             main_run("T2", "first", row, seed, share) for share in SHARES for row in (*T2, best_sft("first"))
         ]
+
+
+def stages():
+    """All of the plan."""
+    yield from tuning_stages()
+    yield from main_stages()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -421,6 +451,17 @@ def only_one(name, wait=True):
         yield
 
 
+def alone(name, function):
+    """The function, which waits for other processes that are in one of this name."""
+
+    @functools.wraps(function)
+    def waiting(*given):
+        with only_one(name):
+            return function(*given)
+
+    return waiting
+
+
 def winner(run, caption, index):
     """One of the run's winners, a PIL picture."""
     seed = WINNER_SEEDS + 1000 * run.seed + index
@@ -465,14 +506,10 @@ def train(run, folder):
     if not (folder / "cache").is_symlink():
         (WORK / "cache").mkdir(exist_ok=True)
         (folder / "cache").symlink_to(WORK / "cache")  # the latents are the same for all branches of a start
-    fill = script.LatentCache.fill
-
-    def fill_alone(*given):
-        with only_one("cache"):
-            fill(*given)
-
     notes = {}
-    with patched(run, notes), mock.patch.object(script.LatentCache, "fill", fill_alone):
+    with patched(run, notes), contextlib.ExitStack() as stack:
+        for place, name in ((script.LatentCache, "fill"), (script, "clean_up")):  # both write into the common folder
+            stack.enter_context(mock.patch.object(place, name, alone("cache", getattr(place, name))))
         script.main(args)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return notes, study.thinned(lines)
@@ -546,6 +583,7 @@ def measure(pipeline, run, model):
                 scorers = load_scorer(), load_second_scorer()
                 judged = [scores(pictures, [caption] * count, scorer) for scorer in scorers]
                 line["score"], line["second score"] = (verdict["score"].mean().item() for verdict in judged)
+                line["spoiled"] = (judged[0]["preference"] < 0.5).float().mean().item()
                 columns = [verdict[name].tolist() for verdict in judged for name in ("preference", "identity")]
                 line["pictures"] = [[round(value, 3) for value in picture] for picture in zip(*columns)]
                 lines.append({name: round(v, 5) if isinstance(v, float) else v for name, v in line.items()})
@@ -618,7 +656,7 @@ def carry_out(run):
 RUNS = ("run", "task", "stage", "base", "row", "seed", "winners", "degraded", "flags", "seconds", "forwards")
 RUNS += ("backwards", "error", "start", "commit", "versions", "cpu", "date")
 LINES = ("run", "model", "guidance", "part", "caption", "mmd", "precision", "recall", "memorisation", "score")
-LINES += ("second score",)
+LINES += ("second score", "spoiled")
 JUDGED = ("run", "model", "guidance", "part", "caption", "noise", "clean", "right", "second clean", "second right")
 POINTS = ("run", "step", "name", "value")
 
@@ -643,11 +681,11 @@ def collect():
     return len(read_csv(DATA / "runs.csv"))
 
 
-def run_all(workers):
+def run_all(workers, stages):
     """Runs what is missing, stage by stage. Returns the number of runs that failed; the stages after one wait."""
     provenance()
     with only_one("run", wait=False):
-        for stage in stages():
+        for stage in stages:
             missing = [run for run in dict.fromkeys(stage()) if told(run) is None]
             if failed := study.run_all(missing, workers, WORK / "logs", carry_out):
                 return failed
@@ -667,17 +705,18 @@ def progress():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "collect", "status"])
+    parser.add_argument("command", choices=["run", "tune", "collect", "status"])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one core each (default: 2)")
     args = parser.parse_args()
-    if args.command == "run":
-        if failed := run_all(args.workers):
-            raise SystemExit(f"{failed} runs failed: see {WORK / 'logs'}")
     if args.command == "status":
         for number, (runs, there) in enumerate(progress()):
             print(f"stage {number}: {there} of {len(runs)} runs, from {runs[0].name!r} on")
-    else:
-        print(f"{collect()} runs in {DATA}")
+        return
+    wanted = {"run": stages, "tune": tuning_stages}.get(args.command)
+    failed = run_all(args.workers, wanted()) if wanted else 0
+    print(f"{collect()} runs in {DATA}")
+    if failed:
+        raise SystemExit(f"{failed} runs failed: see {WORK / 'logs'}")
 
 
 if __name__ == "__main__":

@@ -24,18 +24,18 @@ COLOURS |= {"unpaired": "#2ca02c", "extrapolated": "#e377c2"}
 PRICES = {"score": 0.03, "second score": 0.03, "recall": 0.05}
 
 
-def lines_of(base, row, seed, place, part="held out", half=False):
-    """{caption: what was measured of a row's final model on T1, or half way}, empty where it has not run."""
-    record = second.told(second.main_run("T1", base, row, seed))
+def lines_of(base, row, seed, place, part="held out", half=False, task="T1", share=0.0):
+    """{caption: what was measured of a row's final model, or half way}, empty where it has not run."""
+    record = second.told(second.main_run(task, base, row, seed, share))
     _, model, guidance = second.chosen(base, row)
     wanted = "half" if half else model, 1.0 if place == "guidance 1" else guidance, part
     lines = record["captions"] if record else []
     return {line["caption"]: line for line in lines if (line["model"], line["guidance"], line["part"]) == wanted}
 
 
-def mean_of(base, row, place, name, part="held out", half=False):
-    """Mean over captions and seeds, or None where nothing was measured."""
-    lines = [line for seed in second.SEEDS for line in lines_of(base, row, seed, place, part, half).values()]
+def mean_of(base, row, place, name, seeds=second.SEEDS, **where):
+    """Mean over captions and seeds, or None where nothing was measured. `where` are arguments of lines_of."""
+    lines = [line for seed in seeds for line in lines_of(base, row, seed, place, **where).values()]
     return float(np.mean([line[name] for line in lines])) if lines else None
 
 
@@ -44,7 +44,7 @@ def root(values):
     return np.sign(values) * np.sqrt(np.abs(values))
 
 
-def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray):
+def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, other=None):
     """
     A row minus SFT on T1, both at guidance 1 or each at its own best, paired by seed and caption.
 
@@ -53,11 +53,12 @@ def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray):
     Args:
         sft_place: where SFT is another place than the row.
         scale: of the values before their difference, such as `root`.
+        other: a row in SFT's place.
     Returns:
         what mixed_model does; `sft`, the mean of SFT; `seeds`, how many there are; and `without`, (mean, caption)
         without the caption whose absence brings the mean nearest to 0 or past it. None for fewer than two seeds.
     """
-    sft, pairs = second.best_sft(base), []
+    sft, pairs = other or second.best_sft(base), []
     for seed in second.SEEDS:
         records = [second.told(second.main_run("T1", base, one, seed)) for one in (row, sft)]
         if all(records) and records[0]["start"] == records[1]["start"]:
@@ -124,7 +125,7 @@ def table(told):
 def beside_table(told):
     """What the plan wants beside the verdicts: score, the place that a recommendation asks for, one caption less."""
     head = ["row", "place", "base", "score − SFT's", "equivalent in score", "MMD − SFT's at its best guidance"]
-    head += ["MMD − SFT's without one caption", "√MMD − SFT's"]
+    head += ["margin there", "MMD − SFT's without one caption", "√MMD − SFT's"]
     lines = []
     for row, place, both, _, _ in told:
         for base, one in zip(study.BASES, both):
@@ -132,24 +133,57 @@ def beside_table(told):
             best = compare(base, row, place, sft_place=PLACES[1])
             mean, caption = one["without"]
             lines.append([row, place, base, interval(score), "yes" if furthest(score) < PRICES["score"] else "no"])
-            lines[-1] += [interval(best), f"{mean:+.3f} ({caption})", interval(compare(base, row, place, scale=root))]
+            lines[-1] += [interval(best), f"{MARGIN * best['sft']:.3f}", f"{mean:+.3f} ({caption})"]
+            lines[-1].append(interval(compare(base, row, place, scale=root)))
     return study.report.table(head, lines)
 
 
-def measures_table(base):
-    """Every measure of every row at both places, as means over captions and seeds."""
+def leads_table():
+    """The rows beside the family on T1, which few seeds have: their MMD minus that of SFT and of unpaired."""
+    lines = []
+    for row in second.T1_THEN:
+        for place in PLACES:
+            for base in study.BASES:
+                both = [compare(base, row, place, other=other) for other in (None, "unpaired")]
+                if all(both):
+                    lines.append([row, place, base, str(both[0]["seeds"]), *map(interval, both)])
+    return study.report.table(["row", "place", "base", "seeds", "MMD − SFT's", "MMD − unpaired's"], lines)
+
+
+def measures_table(base, rows, seeds):
+    """Every measure of rows at both places, as means over captions and seeds, and what the rows cost."""
     names = ("mmd", "precision", "recall", "score", "second score")
     head = ["row", "guidance", "seeds", "MMD", "precision", "recall", "score", "second score"]
-    head += ["MMD, aligned", "memorisation, aligned"]
+    head += ["MMD, aligned", "memorisation, aligned", "error", "thousands of latents", "processor's seconds"]
     lines = []
-    for row in (*second.T1_FIRST, *second.T1_THEN):
-        seeds = sum(bool(lines_of(base, row, seed, PLACES[0])) for seed in second.SEEDS)
-        for place in PLACES if seeds else ():
+    for row in rows:
+        there = [seed for seed in seeds if lines_of(base, row, seed, PLACES[0])]
+        for place in PLACES if there else ():
             guidance = 1.0 if place == PLACES[0] else second.chosen(base, row)[2]
-            values = [mean_of(base, row, place, name) for name in names]
-            values += [mean_of(base, row, place, name, "aligned") for name in ("mmd", "memorisation")]
-            lines.append([row, f"{guidance:g}", str(seeds), *map(study.report.number, values)])
+            values = [mean_of(base, row, place, name, seeds) for name in names]
+            values += [mean_of(base, row, place, name, seeds, part="aligned") for name in ("mmd", "memorisation")]
+            lines.append([row, f"{guidance:g}", str(len(there)), *map(study.report.number, values)])
+            error = np.mean([second.told(second.main_run("T1", base, row, seed))["error"] for seed in there])
+            lines[-1] += [f"{error:.4f}", *(f"{value:.0f}" for value in work_of(base, row, there))]
     return study.report.table(head, lines)
+
+
+def degraded_table():
+    """T2: what each share of degraded winners makes of the rows, and the share of such pictures that they draw."""
+    lines = []
+    for share in second.SHARES:
+        for row in dict.fromkeys((*second.T2, second.best_sft("first"))):
+            where = dict(task="T2", share=share)
+            there = [seed for seed in second.SEEDS[:3] if lines_of("first", row, seed, PLACES[0], **where)]
+            for place in PLACES if there else ():
+                guidance = 1.0 if place == PLACES[0] else second.chosen("first", row)[2]
+                lines.append([f"{share:.0%}", row, f"{guidance:g}", str(len(there))])
+                for part in ("held out", "aligned"):
+                    for name in ("mmd", "spoiled"):
+                        value = mean_of("first", row, place, name, there, part=part, **where)
+                        lines[-1].append(study.report.number(value))
+    head = ["winners degraded", "row", "guidance", "seeds", "MMD", "pictures degraded", "MMD, aligned"]
+    return study.report.table([*head, "pictures degraded, aligned"], lines)
 
 
 def tuned_table(base):
@@ -179,9 +213,9 @@ def finer_table(base):
     return study.report.table(["row", "guidance", "seeds", "MMD, 10 steps", "MMD, 20 steps"], lines)
 
 
-def work_of(base, row):
+def work_of(base, row, seeds=second.SEEDS):
     """(thousands of latents, those with a gradient three times, and seconds) that a run of a row cost, its mean."""
-    records = [second.told(second.main_run("T1", base, row, seed)) for seed in second.SEEDS]
+    records = [second.told(second.main_run("T1", base, row, seed)) for seed in seeds]
     counted = [(one["forwards"] + 2 * one["backwards"], one["seconds"]) for one in records if one]
     return (np.mean([latents for latents, _ in counted]) / 1000, np.mean([seconds for _, seconds in counted]))
 
@@ -252,11 +286,26 @@ def sheet(base, seed=0):
     return study.report.labelled(strips)
 
 
+def mixed_starts():
+    """The bases and seeds whose rows did not all begin from the same weights, as text."""
+    found = []
+    for base in study.BASES:
+        for seed in second.SEEDS:
+            runs = [second.main_run("T1", base, row, seed) for row in (*second.T1_FIRST, *second.T1_THEN)]
+            if len({second.told(run)["start"] for run in runs if second.told(run)}) > 1:
+                found.append(f"{base} {seed}")
+    return ", ".join(found) or "none"
+
+
 def write(told):
     """Prints all tables, and saves both plots and a sheet of pictures of each base."""
     for base in study.BASES:
-        print(f"## {base} base\n\n{tuned_table(base)}\n\n{measures_table(base)}\n\n{finer_table(base)}\n")
-    print(f"{table(told)}\n\n{beside_table(told)}")
+        first, few = second.T1_FIRST, second.SEEDS[:4]
+        tables = [tuned_table(base), measures_table(base, first, second.SEEDS)]
+        tables += [measures_table(base, (*first, *second.T1_THEN), few), finer_table(base)]
+        print(f"## {base} base", *tables, sep="\n\n", end="\n\n")
+    print(table(told), beside_table(told), leads_table(), degraded_table(), sep="\n\n", end="\n\n")
+    print(f"Seeds whose rows began from different weights, which the means above do not leave out: {mixed_starts()}")
     for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items():
         figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
