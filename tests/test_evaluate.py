@@ -365,25 +365,25 @@ def test_a_vae_that_is_given_draws_the_clips(motion, wan, kind, tmp_path):
 @pytest.fixture
 def offloaded(monkeypatch):
     """
-    A list of references to the transformers of pipelines whose parts are told to take turns on the GPU. The CPU takes
+    A list of references to the denoisers of pipelines whose parts are told to take turns on the GPU. The CPU takes
     its place: load_pipeline may be told "cuda" here.
     """
     told, offload = [], DiffusionPipeline.enable_model_cpu_offload
 
     def on_the_cpu(pipeline, device=None):
-        told.append(weakref.ref(pipeline.transformer))
+        told.append(weakref.ref(evaluate.denoiser_of(pipeline)))
         offload(pipeline, device="cpu")
 
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", on_the_cpu)
     return told
 
 
-@pytest.mark.parametrize("kind", ["flux2", "wan"])
+@pytest.mark.parametrize("kind", ["sdxl", "flux2", "wan"])
 def test_on_a_gpu_the_parts_of_large_models_take_turns(request, offloaded, kind, tmp_path):
     """They draw the same pictures, the VAE takes them one by one, and nothing is left for the next model to find."""
     base = request.getfixturevalue(kind)
     words = ["--base", base, "--prompts", "x", "--height", "32", "--width", "32", "--num_inference_steps", "2"]
-    words += ["--num_frames", "5"] if kind == "wan" else ["--max_sequence_length", "8"]
+    words += {"wan": ["--num_frames", "5"], "flux2": ["--max_sequence_length", "8"]}.get(kind, [])
     args = evaluate.parse_args([*words, "--dtype", "fp32"])
     model = evaluate.find_base(args)
     samples, folders = evaluate.make_samples(PROMPTS, args), []
@@ -392,7 +392,7 @@ def test_on_a_gpu_the_parts_of_large_models_take_turns(request, offloaded, kind,
         evaluate.draw_missing(model, samples, args, torch.device(device))
         folders.append(tmp_path / device / "images" / "base")
         assert len(offloaded) >= (device == "cuda")
-        assert all(transformer() is None for transformer in offloaded), "freed"
+        assert all(denoiser() is None for denoiser in offloaded), "freed"
     for sample in samples:
         one, other = (flat([evaluate.read_picture(folder / sample.file, args)]) for folder in folders)
         assert tiny.difference(one, other) == 0
@@ -507,7 +507,11 @@ def test_prompts_are_read_from_every_form(tmp_path):
 
     for name in ("a.jsonl", "a.csv", "set", "saved", "a.txt", "list.json"):
         assert load(name) == ["a cat", "a dog"], name
-    assert load("a.csv", "--max_prompts", "1") == ["a cat"]
+    (tmp_path / "many.txt").write_text("\n".join(f"prompt {i}" for i in range(400)))
+    some, fewer, all_of_them = (load("many.txt", "--max_prompts", n) for n in ("100", "40", "1000"))
+    assert len(some) == 100 and set(fewer) < set(some) and len(fewer) == 40 and len(all_of_them) == 400
+    assert [prompt for prompt in all_of_them if prompt in some] == some, "in the set's order"
+    assert 30 < sum(int(prompt.split()[1]) < 200 for prompt in some) < 70, "from all over the set"
     with pytest.raises(evaluate.UserError, match="no column caption: it has Prompt, n; name .* --prompt_column"):
         load("a.jsonl", "--prompt_column", "caption")
     with pytest.raises(evaluate.UserError, match="column n of row 0 is 1, not text"):
@@ -542,11 +546,13 @@ def tiny_clip(folder, width=64):
 
 
 def cosine(model, folder, pictures, prompts):
-    """The cosine of each picture and its prompt, one by one."""
+    """The cosine of each picture, or pixels, and its prompt, one by one."""
     tokenizer, processor = tiny.tokenizer(), scorers.CLIPImageProcessorPil.from_pretrained(folder)
     values = []
     for picture, prompt in zip(pictures, prompts):
-        pixels = processor(images=picture, return_tensors="pt").pixel_values
+        pixels = picture
+        if not torch.is_tensor(picture):
+            pixels = processor(images=picture, return_tensors="pt").pixel_values
         with torch.no_grad():
             output = model(input_ids=tokenizer([prompt], return_tensors="pt").input_ids, pixel_values=pixels)
         values.append(torch.cosine_similarity(output.image_embeds, output.text_embeds).item())
@@ -601,15 +607,31 @@ def test_hps_reads_its_authors_file(pictures, tmp_path, name, file):
     model = tiny_clip(tmp_path)
     torch.save({"state_dict": as_open_clip(model)}, tmp_path / file)
     (tmp_path / "model.safetensors").unlink()
+    mean, std = np.array([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[..., None, None]
     boxed = []
-    for picture in pictures:  # 72 x 64 in 32 x 32
-        box = Image.new("RGB", (32, 32))
-        box.paste(picture.resize((32, 28), Image.Resampling.BICUBIC), (0, 2))
-        boxed.append(box)
+    for picture in pictures:  # 72 x 64 in 32 x 32, each channel in floating point and without rounding
+        channels = [Image.fromarray(np.asarray(channel, np.float32) / 255) for channel in picture.split()]
+        box = np.zeros((3, 32, 32))
+        box[:, 2:30] = [np.asarray(channel.resize((32, 28), Image.Resampling.BICUBIC)) for channel in channels]
+        boxed.append(torch.from_numpy((box - mean) / std).float()[None])
     expected = 100 * cosine(model, tmp_path, boxed, PROMPTS)
     np.testing.assert_allclose(score(name, tmp_path, pictures), expected, atol=1e-4)
     with pytest.raises(evaluate.UserError, match="cannot be loaded from"):
         score({"hpsv2": "hpsv2.1", "hpsv2.1": "hpsv2"}[name], tmp_path, pictures)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "aesthetic"])
+def test_weights_that_lack_some_are_refused(tmp_path, name):
+    """transformers would fill them with random numbers."""
+    tiny_clip(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if name == "aesthetic":
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config["vision_config"] | {"projection_dim": 40}))
+    with pytest.raises(evaluate.UserError, match="weights are missing"):
+        score(name, tmp_path, [])
 
 
 class Trap:
@@ -914,6 +936,21 @@ def test_the_table_is_made_of_what_results_hold(run, sd_v, tmp_path, capsys):
     assert row["difference"] == pytest.approx(np.mean(of["other"]) - np.mean(of["base"]))
     printed = capsys.readouterr().out
     assert f"{row['win_rate']:.1%}" in printed and f"{row['mean']:.4f}" in printed
+    assert "difference to the base" in printed and "intervals are too narrow" in printed, "for two prompts"
+
+
+def test_models_may_be_compared_with_another_than_the_base(run, sd_v, capsys):
+    plain = run(model=[f"other={sd_v}"])
+    capsys.readouterr()
+    found = run(model=[f"other={sd_v}"], against="other")
+    rows = [{row["model"]: row for row in result["table"]} for result in (plain, found)]
+    assert rows[1]["base"]["difference"] == pytest.approx(-rows[0]["other"]["difference"])
+    assert rows[1]["base"]["win_rate"] == pytest.approx(1 - rows[0]["other"]["win_rate"])
+    assert "difference" not in rows[1]["other"]
+    assert "difference to other" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(against="another")
+    assert "--against another is none of the models, which are called base" in capsys.readouterr().err
 
 
 # ---- the page ----

@@ -141,7 +141,7 @@ def command_problem(words, folders):
         return next(
             (f"no test {text}" for text in wanted if not could_select(ROOT / (paths or ["tests"])[0], text)), None
         )
-    if program in ("git", "cd"):
+    if program in ("git", "cd", ".") or [program, *rest[:2]] == ["python3", "-m", "venv"]:
         return None
     if (program, rest[:1]) == ("accelerate", ["launch"]):
         with contextlib.redirect_stderr(io.StringIO()):
@@ -193,11 +193,12 @@ def spans(text):
     for block in blocks:
         folder = None
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["cd"]:
-                folder = words[1]
-            elif words:
-                commands.append((words, folder))
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                if words[:1] == ["cd"]:
+                    folder = words[1]
+                elif words:
+                    commands.append((words, folder))
     without = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return commands, [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without)]
 

@@ -14,13 +14,15 @@
 # ]
 # ///
 """
-Draws the same prompts with several models, from the same noise, scores the pictures, and compares each with the base.
+Draws the same prompts with several models, from the same noise, scores the pictures, and compares the scores.
 
   1. Draw.     Each model draws every prompt with its stock pipeline. A picture's noise depends on --seed, on its
                prompt's text and on its number, never on the model, the order of the prompts or the batch.
   2. Score.    A scorer gives each picture a number; a clip's is the mean of its frames'.
-  3. Compare.  Difference to the base and win rate against it (a tie is half a win), picture by picture: means over
-               prompts of means over a prompt's pictures, with 95 % intervals by a paired bootstrap over the prompts.
+  3. Compare.  Difference to the base, or to the model that --against names, and win rate against it (a tie is half a
+               win), picture by picture: means over prompts of means over a prompt's pictures, with 95 % intervals by a
+               paired bootstrap over the prompts. They are about these very weights: the same training from another
+               seed may differ by more.
 
     python examples/evaluate/evaluate.py --base stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --model sspo=sspo-sd15 --model early=sspo-sd15/checkpoint-100 \
@@ -44,7 +46,8 @@ them are AnimateDiff's and draw clips. Bases are Stable Diffusion's, SDXL's, FLU
 
 Prompts (--prompts): a file with a prompt a line (.txt), or a column of .jsonl, .csv or .parquet; anything else that
 datasets opens; or one of the sets that papers use: pickapic (Pick-a-Pic v2, validation_unique, 500), hpsv2 (the
-benchmark of HPSv2, 3200) and partiprompts (1632).
+benchmark of HPSv2, 3200) and partiprompts (1632). These are sorted by kind, so --max_prompts takes prompts from all
+over the set, by a hash of their text: a larger number keeps those of a smaller one.
 
 Scorers (--scorer NAME[=WEIGHTS], see scorers.py), higher is better unless said otherwise:
 
@@ -66,8 +69,8 @@ are taken as the training scripts take a winner's, from the first one on; see cl
                        TorchScript file or a module:function that takes (clips, 3, frames, height, width) in 0..255 and
                        gives (clips, features). It means something only with many more clips than features
 
-On a GPU, the parts of FLUX.2 and Wan take turns and wait for theirs in the machine's memory, so that only the largest
-has to fit; other pipelines are there as a whole. Where the GPU's memory does not suffice, lower --batch_size.
+On a GPU, the parts of SDXL, FLUX.2 and Wan take turns and wait for theirs in the machine's memory, so that only the
+largest has to fit; other pipelines are there as a whole. Where the GPU's memory does not suffice, lower --batch_size.
 """
 
 # ruff: noqa: E402
@@ -122,6 +125,7 @@ from tqdm.auto import tqdm
 
 BASE = "base"  # what the base is called among the models
 LOWER_IS_BETTER = ("lpips", "fvd")
+FEW = 30  # prompts, of which a percentile bootstrap tells too little
 # The noise schedule of AnimateDiff's motion adapters, whatever their image model was trained with.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
@@ -203,7 +207,7 @@ def score_samples(scorer, folder, samples, args):
 
 def compare(scores, base, seed=0, resamples=10_000, lower_is_better=False):
     """
-    3. Compares a model with the base, picture by picture.
+    3. Compares a model with another, the base say, picture by picture.
 
     Args:
         scores, base: (prompts, pictures of a prompt), scores of the same samples.
@@ -235,15 +239,15 @@ def bootstrap(values, seed, resamples, level=0.95):
 
 
 def make_table(scores, models, args):
-    """One row for each scorer and model: its mean and, of all but the base, what `compare` gives."""
+    """One row for each scorer and model: its mean and, of all but --against itself, what `compare` gives."""
     table = []
     for scorer, of_model in scores.items():
         lower = scorer in LOWER_IS_BETTER
         grids = {name: values.reshape(-1, args.images_per_prompt) for name, values in of_model.items()}
         for model in models:
             row = {"scorer": scorer, "model": model, "mean": float(grids[model].mean())}
-            if model != BASE:
-                row |= compare(grids[model], grids[BASE], args.seed, args.bootstrap_samples, lower)
+            if model != args.against:
+                row |= compare(grids[model], grids[args.against], args.seed, args.bootstrap_samples, lower)
             table.append(row)
     return table
 
@@ -299,7 +303,7 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     group = parser.add_argument_group("models")
-    group.add_argument("--base", required=True, help="Hub name or folder of the base, which all are compared to.")
+    group.add_argument("--base", required=True, help="Hub name or folder of the models' base, which draws too.")
     group.add_argument(
         "--model",
         action="append",
@@ -328,7 +332,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--prompt_column", help="Default: the first that exists of prompt, Prompt, text, caption, txt.")
     group.add_argument("--prompt_split", help="Split of the data set. Default: the set's own, or train.")
-    group.add_argument("--max_prompts", type=count, help="Use only the first so many different prompts.")
+    group.add_argument("--max_prompts", type=count, help="Use only so many different prompts, from all over the set.")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--images_per_prompt", type=count, default=1, help="Pictures per prompt and model.")
@@ -381,6 +385,7 @@ def parse_args(argv=None):
         help="Of a real clip, every so many-th frame is taken. 0: as many as are needed, spread over the whole clip. "
         "Default: 4; of Wan those that it would show at --fps, by the file's own rate.",
     )
+    group.add_argument("--against", default=BASE, metavar="NAME", help="The model that all others are compared with.")
     group.add_argument("--bootstrap_samples", type=count, default=10_000, help="Resamples behind an interval.")
 
     group = parser.add_argument_group("output")
@@ -407,6 +412,8 @@ def check_args(args):
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are called {name}: tell them apart with --model NAME=PATH")
+    if args.against not in names:
+        raise UserError(f"--against {args.against} is none of the models, which are called {', '.join(names)}")
     names = [spec.name for spec in args.scorers]
     for name in names:
         if names.count(name) > 1:
@@ -520,17 +527,16 @@ def load_prompts(args):
             f"--prompts {args.prompts} has no column {' or '.join(candidates)}: it has {', '.join(columns)}; name the "
             "one to use with --prompt_column"
         )
-    prompts = {}  # as an ordered set
+    prompts = {}  # each with a hash, by which --max_prompts chooses
     for row, example in enumerate(dataset.select_columns([column])):
         if not isinstance(example[column], str):
             raise UserError(f"--prompts {args.prompts}: column {column} of row {row} is {example[column]!r}, not text")
-        if example[column].strip():
-            prompts[example[column].strip()] = None
-        if len(prompts) == args.max_prompts:
-            break
+        if prompt := example[column].strip():
+            prompts[prompt] = hashlib.sha256(prompt.encode()).digest()
     if not prompts:
         raise UserError(f"--prompts {args.prompts} has no prompt in it")
-    return list(prompts)
+    wanted = set(sorted(prompts, key=prompts.get)[: args.max_prompts])
+    return [prompt for prompt in prompts if prompt in wanted]
 
 
 def make_samples(prompts, args):
@@ -744,7 +750,8 @@ def load_pipeline(model, args, device):
                 module.to(dtype)
     else:
         pipeline.to(dtype)
-    if torch.device(device).type == "cuda" and hasattr(pipeline, "transformer"):  # FLUX.2 or Wan
+    large = hasattr(pipeline, "transformer") or hasattr(pipeline, "text_encoder_2")  # FLUX.2, Wan, SDXL
+    if torch.device(device).type == "cuda" and large:
         pipeline.enable_model_cpu_offload(device=device)
         return pipeline
     return pipeline.to(device)
@@ -965,13 +972,13 @@ def check_settings(models, args):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def distance_rows(distances):
+def distance_rows(distances, args):
     """The table's rows of FVD, which is one number for all of a model's clips."""
     rows = []
     for name, value in distances.items():
         rows.append({"scorer": "fvd", "model": name, "mean": value})
-        if name != BASE:
-            rows[-1]["difference"] = value - distances[BASE]
+        if name != args.against:
+            rows[-1]["difference"] = value - distances[args.against]
     return rows
 
 
@@ -987,13 +994,15 @@ def shown(row):
     return [row["scorer"] + direction, row["model"], f"{row['mean']:.4f}", difference, wins]
 
 
-HEADINGS = ["scorer", "model", "mean", "difference to the base [95 %]", "win rate [95 %]"]
+def text_rows(table, args):
+    """The table as text, its headings first."""
+    other = "the base" if args.against == BASE else args.against
+    return [["scorer", "model", "mean", f"difference to {other} [95 %]", "win rate [95 %]"], *map(shown, table)]
 
 
-def table_text(table):
+def table_text(rows):
     """The table for a terminal."""
-    rows = [HEADINGS, *map(shown, table)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -1044,7 +1053,7 @@ def write_page(samples, models, scores, table, args):
     )
     data = {
         "about": about,
-        "table": [HEADINGS, *map(shown, table)] if table else [],
+        "table": text_rows(table, args) if table else [],
         "seed": args.seed,
         "models": models,
         "scorers": list(scores),
@@ -1164,13 +1173,15 @@ def main(args):
 
     # 3. Compare.
     names = [model.name for model in models]
-    table = make_table(scores, names, args) + distance_rows(distances)
+    table = make_table(scores, names, args) + distance_rows(distances, args)
 
     content = json.dumps(results(models, samples, scores, distances, table, args), indent=1)
     Path(args.output_dir, "results.json").write_text(content)
     write_page(samples, names, scores, table, args)
     if table:
-        print(f"\n{table_text(table)}")
+        print(f"\n{table_text(text_rows(table, args))}")
+        if len(prompts) < FEW:
+            print(f"With fewer than {FEW} prompts the intervals are too narrow.")
     medium = "clips" if args.clips else "pictures"
     print(f"\n{len(samples)} {medium} a model. Look at {Path(args.output_dir, 'index.html')}")
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 
 
-try:  # preprocessing by PIL, as the scorers' authors did it, whether torchvision is there or not
+try:  # resizing by PIL, as the scorers' authors did but for HPSv2's, whether torchvision is there or not
     from transformers import CLIPImageProcessorPil
 except ImportError:  # before there were two of them
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
@@ -79,6 +80,14 @@ def load_function(where):
         raise UserError(f"{where} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
 
 
+def load_complete(kind, source, **options):
+    """A model of transformers from its weights. Raises ValueError if some are missing, which would else be random."""
+    model, loaded = kind.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first")
+    return model
+
+
 class FunctionScorer:
     """A scorer of the user's own."""
 
@@ -96,7 +105,7 @@ class ClipScorer:
     """
     The cosine of prompt and picture under a CLIP model, times `scale` (None: the model's own temperature).
 
-    letterbox: the picture is fitted in with black bars, where CLIP itself crops the middle.
+    letterbox: the picture is fitted in with black bars (see `fitted`), where CLIP itself crops the middle.
     floor: the least score.
     """
 
@@ -109,15 +118,32 @@ class ClipScorer:
     @torch.no_grad()
     def __call__(self, pictures, prompts):
         if self.letterbox:
-            side = self.processor.crop_size["height"]
-            pictures = [ImageOps.pad(picture, (side, side), Image.Resampling.BICUBIC) for picture in pictures]
+            side, mean, std = self.processor.crop_size["height"], self.processor.image_mean, self.processor.image_std
+            pixels = torch.stack([fitted(picture, side) for picture in pictures])
+            pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        else:
+            pixels = self.processor(images=pictures, return_tensors="pt").pixel_values
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        pixels = self.processor(images=pictures, return_tensors="pt").pixel_values
         output = self.model(**tokens.to(self.device), pixel_values=pixels.to(self.device))
         scale = self.model.logit_scale.exp() if self.scale is None else self.scale
         scores = scale * (output.image_embeds * output.text_embeds).sum(1)
         return {self.name: scores.clamp(min=self.floor).tolist()}
+
+
+def fitted(picture, side):
+    """
+    A PIL picture as (3, side, side) in 0..1, fitted in with black bars.
+
+    As HPSv2's own code does it: pixels become a tensor first, and that is resized, which today's torchvision does with
+    antialiasing. The torchvision of its time did not, so that published numbers may differ.
+    """
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 255
+    size = [round(extent * side / max(picture.size)) for extent in pixels.shape[1:]]
+    if size != list(pixels.shape[1:]):
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    top, left = ((side - extent) // 2 for extent in size)
+    return F.pad(pixels, (left, side - size[1] - left, top, side - size[0] - top))
 
 
 HPS_FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
@@ -136,7 +162,7 @@ def load_clip(name, weights, device, cache_dir):
         "pickscore": ("yuvalkirstain/PickScore_v1", CLIP_H, {}),
         "clip": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14", dict(scale=100, floor=0)),
     }[name]
-    model = CLIPModel.from_pretrained(weights or default, cache_dir=cache_dir)
+    model = load_complete(CLIPModel, weights or default, cache_dir=cache_dir)
     source = beside(weights, "preprocessor_config.json", processor)
     return ClipScorer(name, model, source, device, cache_dir=cache_dir, **options)
 
@@ -235,14 +261,14 @@ class AestheticScorer:
     def __init__(self, name, weights, device, cache_dir):
         source = weights or "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE"
         config = CLIPVisionConfig.from_pretrained(source, cache_dir=cache_dir)
-        self.model = AestheticPredictor.from_pretrained(source, config=config, cache_dir=cache_dir).eval().to(device)
+        self.model = load_complete(AestheticPredictor, source, config=config, cache_dir=cache_dir).eval().to(device)
         self.name, self.processor = name, CLIPImageProcessorPil.from_pretrained(source, cache_dir=cache_dir)
 
     @torch.no_grad()
     def __call__(self, pictures, prompts):
         pixels = self.processor(images=pictures, return_tensors="pt").pixel_values
         embeds = self.model(pixel_values=pixels.to(self.model.device)).image_embeds
-        return {self.name: self.model.layers(torch.nn.functional.normalize(embeds)).squeeze(1).tolist()}
+        return {self.name: self.model.layers(F.normalize(embeds)).squeeze(1).tolist()}
 
 
 BLIP_VISION_RULES = [

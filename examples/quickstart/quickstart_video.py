@@ -217,7 +217,7 @@ def run(description, training_command, load=load_pipeline, sampler=SAMPLER, outp
     frames = sampler["num_frames"]
     count = write_winners(args.output_dir / "winners", args.winners_per_caption, count=frames)
     stage(f"{count} winners written to {args.output_dir / 'winners'}")
-    if "--resume_from_checkpoint" not in extra:
+    if not any(word.startswith("--resume_from_checkpoint") for word in extra):
         shutil.rmtree(args.output_dir / "aligned", ignore_errors=True)  # what another run left may be of another kind
     train(training_command(args, extra))
     stage("trained")
