@@ -947,7 +947,8 @@ def save_lora(denoiser, args, directory):
         layers = convert_state_dict_to_kohya({f"unet.{name}": weight.cpu() for name, weight in layers.items()})
         alpha = torch.tensor(float(args.lora_alpha))  # diffusers writes the rank there, whatever the alpha was
         layers = {name: alpha.clone() if name.endswith(".alpha") else weight for name, weight in layers.items()}
-        save_file(layers, Path(directory, "pytorch_lora_weights_kohya.safetensors"), metadata={"format": "pt"})
+        # Without metadata, of which any would make A1111 list the file for Stable Diffusion 1.x alone.
+        save_file(layers, Path(directory, "pytorch_lora_weights_kohya.safetensors"))
 
 
 def save_result(models, args, directory):

@@ -802,13 +802,12 @@ def check_layout(args, pipeline, unet):
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full and a VAE
-    that is the base model's own, which stay in fp32. Raises UserError if that is not possible.
+    that is the base model's own or would overflow, which stay in fp32. Raises UserError if that is not possible.
     """
     name = args.pretrained_model_name_or_path
     source = dict(revision=args.revision, cache_dir=args.cache_dir)
     weights = dict(source, variant=args.variant, dtype=dtype)
     trained = weights if args.train_mode == "lora" else dict(weights, dtype=torch.float32)
-    vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None else dtype
     # Given to from_pretrained: samplers ignore what is registered later, if the base's own file does not have the key.
     prediction = {} if args.prediction_type is None else {"prediction_type": args.prediction_type}
     try:
@@ -816,6 +815,8 @@ def load_models(args, dtype):
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **source)
         check_layout(args, pipeline, unet)
         vae = AutoencoderKL.load_config(**vae_source(args))
+        overflows = dtype == torch.float16 and vae.get("force_upcast", True)  # as the stock pipeline reads it
+        vae_dtype = torch.float32 if args.pretrained_vae_model_name_or_path is None or overflows else dtype
         check_base(args, unet, vae, DDPMScheduler.load_config(name, subfolder="scheduler", **source))
         models = Models(
             tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **source),
@@ -1057,7 +1058,8 @@ def save_lora(denoiser, args, directory):
         layers = convert_state_dict_to_kohya({f"unet.{name}": weight.cpu() for name, weight in layers.items()})
         alpha = torch.tensor(float(args.lora_alpha))  # diffusers writes the rank there, whatever the alpha was
         layers = {name: alpha.clone() if name.endswith(".alpha") else weight for name, weight in layers.items()}
-        save_file(layers, Path(directory, "pytorch_lora_weights_kohya.safetensors"), metadata={"format": "pt"})
+        # Without metadata, of which any would make A1111 list the file for Stable Diffusion 1.x alone.
+        save_file(layers, Path(directory, "pytorch_lora_weights_kohya.safetensors"))
 
 
 def save_result(models, args, directory):

@@ -396,7 +396,10 @@ def test_on_a_gpu_the_parts_of_large_models_take_turns(request, offloaded, kind,
     for sample in samples:
         one, other = (flat([evaluate.read_picture(folder / sample.file, args)]) for folder in folders)
         assert tiny.difference(one, other) == 0
-    assert evaluate.load_pipeline(model, args, "cpu").vae.use_slicing
+    vae = evaluate.load_pipeline(model, args, "cpu").vae
+    assert vae.use_slicing and not vae.use_tiling
+    args.height, args.width = 704, 1280
+    assert evaluate.load_pipeline(model, args, "cpu").vae.use_tiling == (kind == "wan"), "as the script's samples"
 
 
 def test_full_memory_ends_in_one_line(sd, tmp_path, monkeypatch):

@@ -744,6 +744,8 @@ def load_pipeline(model, args, device):
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(pipeline.vae, "use_slicing"):
         pipeline.vae.enable_slicing()  # a batch would need more memory than all else
+    if isinstance(pipeline, WanPipeline) and args.height * args.width > 480 * 832:
+        pipeline.vae.enable_tiling()  # likewise, and as train_sspo_wan.py does with its samples
     if isinstance(pipeline, WanPipeline):  # parts of it stay in fp32, but not what an adapter adds
         for module in pipeline.transformer.modules():
             if isinstance(module, BaseTunerLayer):

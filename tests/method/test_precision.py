@@ -1,5 +1,7 @@
 """What is held in which precision: trained weights in fp32, so that no small update and no gap is lost to rounding."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,18 @@ def test_motion_weights_take_no_detour_through_half_precision(load, motion):
     assert set(adapter) == {name for name in weights if "motion_modules" in name}
 
 
-def test_vae_of_sdxl_is_in_fp32_unless_one_is_named(load, sdxl):
-    """The stock one overflows in half precision."""
+def test_vae_of_sdxl_is_in_fp32_unless_one_is_named(load, sdxl, tmp_path):
+    """The stock one overflows in half precision; one that is named may, too, where it does not say otherwise."""
     _, models = load(SCRIPTS["sdxl"], torch.bfloat16)
     assert (models.vae.dtype, models.text_encoder_2.dtype) == (torch.float32, torch.bfloat16)
     named = dict(pretrained_vae_model_name_or_path=Path(sdxl, "vae"))
     assert load(SCRIPTS["sdxl"], torch.bfloat16, **named)[1].vae.dtype == torch.bfloat16
+    assert load(SCRIPTS["sdxl"], torch.float16, **named)[1].vae.dtype == torch.float32, "its configuration says so"
+    shutil.copytree(Path(sdxl, "vae"), tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    fixed = load(SCRIPTS["sdxl"], torch.float16, pretrained_vae_model_name_or_path=tmp_path / "vae")[1]
+    assert fixed.vae.dtype == torch.float16
 
 
 def test_adapters_take_activations_as_they_are(script, load):

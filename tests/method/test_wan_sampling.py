@@ -222,6 +222,32 @@ def test_a_clip_is_decoded_as_by_the_stock_pipeline(load, model, stock):
     assert np.abs(ours - 255 * theirs).max() < 0.6, "but for the rounding to whole numbers"
 
 
+@pytest.mark.parametrize("kind", ["wan", "wan_large"])
+def test_a_large_clip_is_decoded_in_tiles(load, request, kind):
+    """
+    Far from a tile's edges the picture of the whole decoder, but for its attention, which here adds nothing: a tile
+    does not see the others. Winners are encoded whole, and small clips decoded so.
+    """
+    _, models = load(script, model=request.getfixturevalue(kind))
+    scale, tiles = models.vae.config.scale_factor_spatial, []
+    latents = normal(1, models.vae.config.z_dim, 1, 512 // scale, 832 // scale)
+    mean, std = script.latent_statistics(models.vae)
+    for layer in models.vae.decoder.mid_block.attentions:
+        layer.proj.weight.zero_(), layer.proj.bias.zero_()
+    with torch.no_grad():
+        whole = models.vae.decode(latents * std + mean).sample
+    models.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
+    (ours,) = script.decode_latents(models, latents)
+    assert ours.size == (832, 512) and len(tiles) > 4
+    assert max(scale * side for tile in tiles for side in tile) <= 256 and not models.vae.use_tiling
+    ours = torch.from_numpy(np.array(ours)).permute(2, 0, 1) / 127.5 - 1
+    off = (ours - whole[0, :, 0]).abs()[:, :48, :48].max()
+    assert off < 0.01 < 0.05 < whole[..., :48, :48].std()
+    tiles.clear()
+    script.decode_latents(models, latents[..., :4, :4])
+    assert len(tiles) == 1
+
+
 def test_the_vae_stays_in_fp32_where_the_rest_is_in_half(load):
     _, models = load(script, dtype=torch.bfloat16)
     assert models.text_encoder.dtype == models.denoiser.dtype == torch.bfloat16

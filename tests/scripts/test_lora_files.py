@@ -40,6 +40,8 @@ def test_the_kohya_file_makes_the_same_model(trains, request, kind, alpha):
     """Alpha is another number than the rank: diffusers' converter writes the rank there."""
     run = trains[kind](output_kohya_format=True, rank=4, lora_alpha=alpha, learning_rate=1e-2)
     weights = load_file(run.path / "pytorch_lora_weights_kohya.safetensors")
+    with safe_open(run.path / "pytorch_lora_weights_kohya.safetensors", "pt") as file:
+        assert not file.metadata(), "with any, A1111 would take it for Stable Diffusion 1.x"
     assert all(re.fullmatch(r"lora_unet_\w+\.(lora_up\.weight|lora_down\.weight|alpha)", name) for name in weights)
     assert {weight.item() for name, weight in weights.items() if name.endswith(".alpha")} == {alpha or 4}
     pipeline = PIPELINES[kind].from_pretrained(request.getfixturevalue(kind))
