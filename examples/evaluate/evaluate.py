@@ -46,8 +46,8 @@ them are AnimateDiff's and draw clips. Bases are Stable Diffusion's, SDXL's, FLU
 
 Prompts (--prompts): a file with a prompt a line (.txt), or a column of .jsonl, .csv or .parquet; anything else that
 datasets opens; or one of the sets that papers use: pickapic (Pick-a-Pic v2, validation_unique, 500), hpsv2 (the
-benchmark of HPSv2, 3200) and partiprompts (1632). These are sorted by kind, so --max_prompts takes prompts from all
-over the set, by a hash of their text: a larger number keeps those of a smaller one.
+benchmark of HPSv2, 3200) and partiprompts (1632). Two of them are sorted by kind, so --max_prompts reads the whole
+set and takes prompts from all over it, by a hash of their text: a larger number keeps those of a smaller one.
 
 Scorers (--scorer NAME[=WEIGHTS], see scorers.py), higher is better unless said otherwise:
 
@@ -1182,7 +1182,7 @@ def main(args):
     write_page(samples, names, scores, table, args)
     if table:
         print(f"\n{table_text(text_rows(table, args))}")
-        if len(prompts) < FEW:
+        if scores and len(prompts) < FEW:
             print(f"With fewer than {FEW} prompts the intervals are too narrow.")
     medium = "clips" if args.clips else "pictures"
     print(f"\n{len(samples)} {medium} a model. Look at {Path(args.output_dir, 'index.html')}")
