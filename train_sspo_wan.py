@@ -702,7 +702,7 @@ MODALITY, COLUMNS = "video", ["video", "mp4", "webm", "mkv", "avi"]  # what the 
 PAIR_COLUMNS = ("video_0", "video_1")  # of a data set of pairs
 SIDE_MULTIPLE = 16  # of the height and the width, in pixels: the VAE's 8, in patches of 2; Wan 2.2 5B has 16 for 8
 # What a loader knows a result by.
-RESULTS = ("pytorch_lora_weights.safetensors", "model_index.json")
+RESULTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors", "model_index.json")
 SAMPLES = "png"  # the kind of file in samples/ that the model card shows
 # What cached rows depend on.
 CACHE_KEY = "video_column caption_column rivals height width num_frames fps frame_stride center_crop random_flip seed"
@@ -747,11 +747,12 @@ def add_pipeline_arguments(parser):
         "What guidance leads away from, of rivals and clips. A dropped caption does not become it. Default: nothing."
     )
     add("--negative_prompt", help=negative)
+    kohya = "Also write the LoRA weights for ComfyUI, as pytorch_lora_weights_kohya.safetensors."
+    parser.add_argument_group("other tools").add_argument("--output_kohya_format", action="store_true", help=kohya)
     for flag, reason in {
         "--prediction_type": "Wan predicts velocities",
         "--resolution": "clips have a --height and a --width",
         "--enable_xformers_memory_efficient_attention": "PyTorch's own attention saves memory too",
-        "--output_kohya_format": "diffusers cannot write it for this model",
     }.items():
         parser.add_argument(flag, action=NotHere, nargs="*", const=reason, help=argparse.SUPPRESS)
     parser.set_defaults(beta_dpo=500.0, validation_guidance_scale=5.0)
@@ -1227,11 +1228,32 @@ def load_denoiser(denoiser, args, directory):
         denoiser.load_state_dict(transformer.state_dict())
 
 
-# Copied from train_sspo_flux2.save_result
+# What Wan's own code calls the layers, and with it ComfyUI and kohya's musubi-tuner.
+OWN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+OWN_NAMES |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head"}
+OWN_NAMES |= {"condition_embedder.": "", "embedder.linear_1": "embedding.0", "embedder.linear_2": "embedding.2"}
+OWN_NAMES |= {"time_proj": "time_projection.1"}
+
+
+def save_lora(denoiser, args, directory):
+    """Writes LoRA weights for the stock pipeline, and with --output_kohya_format for other tools."""
+    save_denoiser(denoiser, args, directory)
+    if args.output_kohya_format:
+        weights = {}
+        for name, weight in get_peft_model_state_dict(denoiser, adapter_name=POLICY).items():
+            layer, side = name.removesuffix(".weight").split(".lora_")
+            for ours, theirs in OWN_NAMES.items():
+                layer = layer.replace(ours, theirs)
+            layer = "lora_unet_" + layer.replace(".", "_")
+            weights[f"{layer}.lora_{'down' if side == 'A' else 'up'}.weight"] = weight.cpu()
+            weights[f"{layer}.alpha"] = torch.tensor(float(args.lora_alpha))
+        save_file(weights, Path(directory, "pytorch_lora_weights_kohya.safetensors"))
+
+
 def save_result(models, args, directory):
     """Writes what the stock pipeline loads: LoRA weights, or the whole pipeline around the trained transformer."""
     if args.train_mode == "lora":
-        return save_denoiser(models.denoiser, args, directory)
+        return save_lora(models.denoiser, args, directory)
     # Everything but the transformer is read again: all of the text encoder, in the precision of its files.
     source = dict(revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
     pipeline = PIPELINE.from_pretrained(args.pretrained_model_name_or_path, transformer=models.denoiser, **source)

@@ -105,6 +105,28 @@ def test_lora_in_the_stock_pipeline_is_the_policy(train, wan, monkeypatch):
     assert torch.equal(drawn(pipeline), after), "the policy itself draws the same"
 
 
+def test_the_file_for_comfyui_makes_the_same_model(train, wan):
+    """diffusers reads musubi-tuner's file too, if all layers of the blocks are in it, by names of its own."""
+    layers = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
+    run = train(output_kohya_format=True, rank=4, lora_alpha=3, lora_layers=layers, learning_rate=1e-2)
+    ours, other = stock(wan, run.path), stock(wan)
+    other.load_lora_weights(run.path, weight_name="pytorch_lora_weights_kohya.safetensors")
+    after = drawn(ours)
+    assert (after - drawn(stock(wan))).abs().max() > 1e-3, "the run has moved the model"
+    torch.testing.assert_close(drawn(other), after, rtol=0, atol=1e-4)
+
+
+def test_layers_outside_of_the_blocks_have_wans_own_names(train):
+    """As Wan's repository has them in its model.py. diffusers reads none of these."""
+    own = {"text_embedder.linear_1": "text_embedding_0", "text_embedder.linear_2": "text_embedding_2"}
+    own |= {"time_embedder.linear_1": "time_embedding_0", "time_embedder.linear_2": "time_embedding_2"}
+    own |= {"time_proj": "time_projection_1", "proj_out": "head_head"}
+    run = train(output_kohya_format=True, rank=2, lora_layers=",".join(own), max_train_steps=1)
+    weights = load_file(run.path / "pytorch_lora_weights_kohya.safetensors")
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(weights) == {f"lora_unet_{name}.{part}" for name in own.values() for part in parts}
+
+
 def test_full_result_is_a_whole_pipeline(train, wan):
     run = train(train_mode="full", learning_rate=1e-4)
     pipeline, base = stock(run.path), stock(wan)
@@ -346,7 +368,6 @@ def test_half_precision_that_was_never_tried_is_refused(load):
         (dict(flow_shift=0), "must be more than 0"),
         (dict(prediction_type="epsilon"), "--prediction_type is not for Wan"),
         (dict(rollout_scheduler="ddim"), "invalid choice: 'ddim'"),
-        (dict(output_kohya_format=True), "--output_kohya_format is not for Wan"),
         (dict(enable_xformers_memory_efficient_attention=True), "memory_efficient_attention is not for Wan"),
     ],
 )
