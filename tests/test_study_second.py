@@ -109,11 +109,11 @@ def test_mixed_model_without_captions_is_the_t_test_of_the_seeds():
 
 def test_mixed_model_of_the_rotating_design_holds_its_level():
     """Of the study's own design, with no effect: 95 % intervals miss it in about 5 of 100 cases, and not in more."""
-    captions = np.array([second.CAPTIONS.index(c) for seed in range(8) for c in second.held_out(seed)[0]])
-    seeds, missed = np.repeat(np.arange(8), 12), 0
+    captions = np.array([second.CAPTIONS.index(c) for seed in second.SEEDS for c in second.held_out(seed)[0]])
+    seeds, missed = np.repeat(np.arange(10), 12), 0
     for trial in range(60):
         rng = RNG(trial)
-        values = rng.normal(0, 0.3, 8)[seeds] + rng.normal(0, 0.5, 40)[captions] + rng.normal(0, 0.5, 96)
+        values = rng.normal(0, 0.3, 10)[seeds] + rng.normal(0, 0.5, 40)[captions] + rng.normal(0, 0.5, 120)
         fitted = measures.mixed_model(values, seeds, captions)
         missed += not fitted["low"] < 0 < fitted["high"]
     assert missed <= 8
@@ -146,7 +146,7 @@ def test_the_plan_tells_what_is_run():
     plan = " ".join((STUDY / "plan.md").read_text().split())
     for row in second.FAMILY + second.SFT_ROWS:
         assert row in plan.replace("sign, indicator", "sign indicator"), row
-    assert "seeds 0 to 7" in plan and second.SEEDS == tuple(range(8))
+    assert "seeds 0 to 9" in plan and second.SEEDS == tuple(range(10))
     for grid in (second.RATES, second.SSPO_GRID, second.HINGE_GRID):
         assert len(grid) == 4, "every row that is trained has as many settings as SFT"
     sft, sspo = (
@@ -160,7 +160,7 @@ def test_the_plan_tells_what_is_run():
 
 def test_all_captions_are_held_out_in_turn():
     counts = np.zeros(40, int)
-    for seed in range(10):
+    for seed in second.SEEDS:
         mine, others = second.held_out(seed)
         assert len(mine) == 12 and sorted(mine + others) == sorted(second.CAPTIONS)
         counts[[second.CAPTIONS.index(caption) for caption in mine]] += 1
@@ -230,7 +230,7 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
         assert args.unpaired == run.row.startswith("unpaired")
     main = [run for run in runs if run.task == "T1" and run.stage == "main"]
     for row in second.FAMILY + ("sft constant", "sft decaying", "start"):
-        assert sum(run.row == row for run in main) == 16, row
+        assert sum(run.row == row for run in main) == 20, row
     assert all({"end", "average 0.99"} <= set(run.models) for run in main if run.row == "sft constant")
     order = [run.row for run in runs if run.task == "T1" and run.stage == "main"]
     assert {*order[-6 * 4 * 2 :]} == {*second.T1_THEN}, "the family's seeds come first"
@@ -497,8 +497,8 @@ def test_the_family_is_told_as_the_plan_says(made_up):
     assert {words[row] for row in ("none, rival 0.3", "extrapolated")} == {"equivalent"}
     assert {word for (_, place), (_, word) in told.items() if place == "own best"} == {"equivalent"}
     both = next(both for row, _, both, _, _ in second_report.family() if row == "unpaired")
-    assert [one["seeds"] for one in both] == [8, 8] and both[0]["mean"] == pytest.approx(-0.05, abs=0.005)
-    assert second_report.compare("first", "extrapolated", "guidance 1")["seeds"] == 7, "another start is left out"
+    assert [one["seeds"] for one in both] == [10, 10] and both[0]["mean"] == pytest.approx(-0.05, abs=0.005)
+    assert second_report.compare("first", "extrapolated", "guidance 1")["seeds"] == 9, "another start is left out"
     crossed = second_report.compare("first", "unpaired", "guidance 1", sft_place="own best")
     assert crossed["mean"] == pytest.approx(-0.05, abs=0.005)
 
@@ -526,9 +526,9 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("| unpaired | 1 "))
     guidance, seeds, mmd, precision, recall, *_, aligned, memorisation, error, latents, seconds = line.split(" | ")[1:]
-    assert (guidance, seeds, precision, recall, memorisation) == ("1", "8", "0.700", "0.500", "0.980")
+    assert (guidance, seeds, precision, recall, memorisation) == ("1", "10", "0.700", "0.500", "0.980")
     assert (error, latents, seconds.strip(" |")) == ("0.0500", "40", "200")
-    assert "\n| sft, 4 draws | 1 | 4 | " in printed and "\n| sft, 4 draws | 1 | 8 | " not in printed
+    assert "\n| sft, 4 draws | 1 | 4 | " in printed and "\n| sft, 4 draws | 1 | 10 | " not in printed
     leads = [line.split(" | ") for line in printed.splitlines() if line.startswith("| unpaired, latest | guidance 1")]
     assert [line[2] for line in leads] == ["first", "second"] and leads[0][3] == "4"
     assert float(leads[0][5].split(" ")[0]) == pytest.approx(0.05, abs=0.01), "unpaired is better by that"

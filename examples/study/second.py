@@ -49,7 +49,7 @@ WORK, DATA = HERE / "work", HERE / "data"
 # The plan as data
 # ------------------------------------------------------------------------------------------------------------------
 
-TUNING, SEEDS = (100, 101, 102), tuple(range(8))
+TUNING, SEEDS = (100, 101, 102), tuple(range(10))
 HELD_OUT = 12  # captions of a seed that no winner shows
 STEPS = 10  # of the sampler, for rivals and for pictures
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # those that the tuning tries
