@@ -116,6 +116,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import (
+    convert_state_dict_to_kohya,
     make_image_grid,
 )
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -1239,15 +1240,15 @@ def save_lora(denoiser, args, directory):
     """Writes LoRA weights for the stock pipeline, and with --output_kohya_format for other tools."""
     save_denoiser(denoiser, args, directory)
     if args.output_kohya_format:
-        weights = {}
+        layers = {}
         for name, weight in get_peft_model_state_dict(denoiser, adapter_name=POLICY).items():
-            layer, side = name.removesuffix(".weight").split(".lora_")
             for ours, theirs in OWN_NAMES.items():
-                layer = layer.replace(ours, theirs)
-            layer = "lora_unet_" + layer.replace(".", "_")
-            weights[f"{layer}.lora_{'down' if side == 'A' else 'up'}.weight"] = weight.cpu()
-            weights[f"{layer}.alpha"] = torch.tensor(float(args.lora_alpha))
-        save_file(weights, Path(directory, "pytorch_lora_weights_kohya.safetensors"))
+                name = name.replace(ours, theirs)
+            layers[f"unet.{name}"] = weight.cpu()
+        layers = convert_state_dict_to_kohya(layers)
+        alpha = torch.tensor(float(args.lora_alpha))  # diffusers writes the rank there, whatever the alpha was
+        layers = {name: alpha.clone() if name.endswith(".alpha") else weight for name, weight in layers.items()}
+        save_file(layers, Path(directory, "pytorch_lora_weights_kohya.safetensors"))
 
 
 def save_result(models, args, directory):

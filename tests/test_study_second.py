@@ -142,6 +142,16 @@ def test_the_plan_quotes_the_power_calculation():
     assert all(f"{value:.5f}" in plan for value in variances)
 
 
+def test_the_plan_quotes_the_power_by_the_tuning():
+    """Of the committed runs; the choices are made anew, whatever other tests made up."""
+    second.chosen.cache_clear()
+    plan = (STUDY / "plan.md").read_text()
+    for base in study.BASES:
+        lines = second_report.tuning_power(base).splitlines()[2:]
+        assert len(lines) == len(second.FAMILY)
+        assert all(f"| {base} {line}" in plan for line in lines)
+
+
 def test_the_plan_tells_what_is_run():
     plan = " ".join((STUDY / "plan.md").read_text().split())
     for row in second.FAMILY + second.SFT_ROWS:
