@@ -530,10 +530,16 @@ def test_the_caption_that_carries_a_difference_is_found(made_up, monkeypatch):
     assert found["without"][1] == special and abs(found["without"][0]) < 0.005
 
 
-def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path, capsys):
+def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path):
     monkeypatch.setattr(second, "HERE", tmp_path)
-    second_report.write(second_report.family())
-    printed = capsys.readouterr().out
+    told = second_report.family()
+    made = second_report.tables(told)
+    page = tmp_path / "appendix.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in made))
+    monkeypatch.setattr(second_report, "tables", lambda _: made)
+    second_report.write(told)
+    printed = page.read_text()
+    assert all(f"<!-- {name} -->\n{text}\n<!-- end -->" in printed for name, text in made.items())
     line = next(line for line in printed.splitlines() if line.startswith("| unpaired | 1 "))
     guidance, seeds, mmd, precision, recall, *_, aligned, memorisation, error, latents, seconds = line.split(" | ")[1:]
     assert (guidance, seeds, precision, recall, memorisation) == ("1", "10", "0.700", "0.500", "0.980")
@@ -544,9 +550,9 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     assert float(leads[0][5].split(" ")[0]) == pytest.approx(0.05, abs=0.01), "unpaired is better by that"
     degraded = next(line for line in printed.splitlines() if line.startswith("| 40% | unpaired, base | 1 "))
     assert degraded.strip(" |").split(" | ")[5::2] == ["0.200", "0.200"]
-    assert printed.strip().endswith(": first 7, second 7")
+    assert made["mixed starts"] == "first 7, second 7"
     assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
-    assert "beta_dpo 200, learning_rate 0.0001 | end | 2 |" in printed, "what the tuning chose"
+    assert "rate 0.0001, β 200 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
     beside = [
         line.split(" | ") for line in printed.splitlines() if line.startswith("| unpaired | guidance 1 | first ")
@@ -561,7 +567,15 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path,
     axes = second_report.plot_work().axes
     ends = {line.get_label(): line.get_ydata()[-1] for line in axes[0].get_lines()}
     assert ends["unpaired"] == pytest.approx(0.25, abs=0.005) and ends["sft constant"] > 0.29
-    assert {path.name for path in tmp_path.iterdir()} == {"forest.png", "work.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"appendix.md", "forest.png", "work.png"}
+
+
+def test_the_appendix_says_what_the_data_say():
+    page = (STUDY / "appendix.md").read_text()
+    told = second_report.family()
+    assert page == study.report.fill_in({"appendix.md": page}, second_report.tables(told))["appendix.md"]
+    for row in second.TUNED:
+        assert second_report.tried_table("first").count(f"| {row} | ") >= (1 if row == "start" else 5), row
 
 
 def test_nothing_is_concluded_before_the_main_runs(told, monkeypatch):

@@ -2,7 +2,7 @@
 
 python examples/study/second_report.py family
 python examples/study/second_report.py power   # when the tuning is done: which difference of MMD would be seen
-python examples/study/second_report.py report  # all tables; forest.png, work.png and rows_BASE.png beside this file
+python examples/study/second_report.py report  # fills appendix.md; forest.png, work.png and rows_BASE.png beside it
 """
 
 import argparse
@@ -186,17 +186,56 @@ def degraded_table():
     return study.report.table([*head, "pictures degraded, aligned"], lines)
 
 
+def in_words(settings):
+    """Tuned settings, {name: value}, as a table has them."""
+    short = {"learning_rate": "rate", "beta_dpo": "β", "max_train_steps": "updates"}
+    return ", ".join(f"{short.get(name, name)} {value:g}" for name, value in sorted(settings.items(), reverse=True))
+
+
+def starts_table():
+    """What the trials of the start left of the denoising error on unseen renders, the least of each base in bold."""
+    lines = []
+    for trial in sorted(second.START_GRID, key=lambda trial: [*sorted(trial.items(), reverse=True)]):
+        lines.append([in_words(trial)])
+        for base in study.BASES:
+            errors = {run.settings: second.told(run)["error"] for run in second.start_trials(base)}
+            error = errors[second.settings_of(trial)]
+            lines[-1].append(f"**{error:.4f}**" if error == min(errors.values()) else f"{error:.4f}")
+    return study.report.table(["start", *(f"{base} base" for base in study.BASES)], lines)
+
+
+def tried_table(base):
+    """All that the tuning tried: the criterion of each setting's best weights, with its first seed and with all."""
+    lines = []
+    for row in second.TUNED:
+        further, trained = second.beyond_all(base, row), second.ROWS[row].trained
+        three = [*second.best_two(base, row), *further]
+        for trial in [*second.ROWS[row].grid, *second.beyond(base, row), *further]:
+            first = {model: value for value, _, model in second.ranked(base, row, [trial], second.TUNING[:1])}
+            told = second.ranked(base, row, [trial], second.TUNING) if trial in three else []
+            best = {model: f"{value:.4f}" for value, _, model in told}
+            if trial == dict(second.chosen(base, row)[0]):
+                best = {
+                    model: f"**{value}**" if value == min(best.values()) else value for model, value in best.items()
+                }
+            for model in [*(best or first)][: 1 if trained else None]:  # what is not trained has one setting: all
+                lines.append([row, in_words(trial), model, f"{first[model]:.4f}", best.get(model, "")])
+    return study.report.table(["row", "settings", "weights", "seed 100", "three seeds"], lines)
+
+
 def tuned_table(base):
-    """What the tuning chose, and its criterion there and on the main runs: how much was luck."""
+    """What the tuning chose: its MMD there, without guidance and at its best, and its criterion on the main runs."""
     lines = []
     for row in second.TUNED:
         settings, model, guidance = second.chosen(base, row)
         runs = [second.trials(base, row, seed, [dict(settings)])[0] for seed in second.TUNING]
         main = [mean_of(base, row, place, "mmd") for place in PLACES]
-        lines.append([row, ", ".join(f"{name} {value:g}" for name, value in settings), model, f"{guidance:g}"])
-        lines[-1].append(f"{second.criterion(runs, model):.3f}")
-        lines[-1].append("" if None in main else f"{np.mean(main):.3f}")
-    return study.report.table(["row", "settings", "weights", "own best guidance", "tuning", "main runs"], lines)
+        lines.append([row, in_words(dict(settings)), model, f"{guidance:g}"])
+        lines[-1] += [f"{second.mean_mmd(runs, model, place):.4f}" for place in (1.0, guidance)]
+        lines[-1].append(f"{second.criterion(runs, model):.4f}")
+        lines[-1].append("" if None in main else f"{np.mean(main):.4f}")
+    head = ["row", "settings", "weights", "own best guidance", "MMD at guidance 1", "at its own best", "mean of both"]
+    return study.report.table([*head, "main runs"], lines)
 
 
 def finer_table(base):
@@ -297,19 +336,29 @@ def mixed_starts():
     return ", ".join(found) or "none"
 
 
-def write(told):
-    """Prints all tables, and saves both plots and a sheet of pictures of each base."""
+def tables(told):
+    """{marker: text} of all that appendix.md shows between markers; the main runs' are missing without a family."""
+    made = {"starts": starts_table()}
     for base in study.BASES:
-        first, few = second.T1_FIRST, second.SEEDS[:4]
-        tables = [tuned_table(base), measures_table(base, first, second.SEEDS)]
-        tables += [measures_table(base, (*first, *second.T1_THEN), few), finer_table(base)]
-        print(f"## {base} base", *tables, sep="\n\n", end="\n\n")
-    print(table(told), beside_table(told), leads_table(), degraded_table(), sep="\n\n", end="\n\n")
-    print(f"Seeds whose rows began from different weights, which the means above do not leave out: {mixed_starts()}")
-    for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items():
+        made |= {f"tried {base}": tried_table(base), f"tuned {base}": tuned_table(base)}
+    if told:
+        made |= {"verdicts": table(told), "beside": beside_table(told), "leads": leads_table()}
+        made |= {"degraded": degraded_table(), "mixed starts": mixed_starts()}
+        for base in study.BASES:
+            made[f"measures {base}"] = measures_table(base, second.T1_FIRST, second.SEEDS)
+            few = measures_table(base, (*second.T1_FIRST, *second.T1_THEN), second.SEEDS[:4])
+            made |= {f"few {base}": few, f"finer {base}": finer_table(base)}
+    return made
+
+
+def write(told):
+    """Fills appendix.md; with the main runs, also saves both plots and a sheet of pictures of each base."""
+    page = second.HERE / "appendix.md"
+    page.write_text(study.report.fill_in({page.name: page.read_text()}, tables(told))[page.name])
+    for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items() if told else ():
         figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    for base in study.BASES:
+    for base in study.BASES if told else ():
         if pictures := sheet(base):
             pictures.save(second.HERE / f"rows_{base}.png", optimize=True)
 
@@ -350,8 +399,8 @@ def main():
     elif command == "power":
         for base in study.BASES:
             print(f"{base} base\n{tuning_power(base)}")
-    elif command == "report" and (made := family()):
-        write(made)
+    elif command == "report":
+        write(family())
     elif made := family():
         seeds = {one["seeds"] for _, _, both, _, _ in made for one in both}
         print(f"seeds: {min(seeds)} to {max(seeds)} of {len(second.SEEDS)}\n{table(made)}")

@@ -187,7 +187,7 @@ class Job:
         return {**COMMON, **length, **self.tuned, **row.flags}
 
 
-# What the tuning chose: for each regime and method the best trial on the selection captions (appendix.md shows all).
+# What the tuning chose: for each regime and method the best trial on the selection captions (all: appendix_first.md).
 # Long was not tuned: it takes few's settings.
 UNGUIDED = {"learning_rate": 0.003, "rollout_guidance_scale": 1.0}
 TUNED = {
