@@ -38,17 +38,19 @@ good runs from bad ones reliably: look at the samples. The defaults follow the p
 What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
 (1 - sigma) * latents + sigma * noise, with t = 1000 sigma. --help says what this means for --beta_dpo and
 --rollout_strength. Latents are patches of 2 x 2, normalised to mean 0 and variance 1 per channel by the VAE's own
-statistics. The VAE runs in fp32, so that its rounding does not tell winners, which it encodes, from rivals, which it
-never sees. A prompt is 512 tokens of 7680 numbers, 7.5 MiB in bf16: --cache_latents stores equal captions once and
-first logs how much disk it takes, and the text encoder leaves the accelerator before the transformer is moved there.
-Distilled models (FLUX.2 [klein] without "base", FLUX.2 [dev]) are refused.
+statistics. The VAE runs in fp32 (on a GPU its convolutions in TF32, PyTorch's default), so that its rounding does not
+tell winners, which it encodes, from rivals, which it never sees. A prompt is 512 tokens of 7680 numbers, 7.5 MiB in
+bf16: --cache_latents stores equal captions once and first logs how much disk it takes, and the text encoder leaves the
+accelerator before the transformer is moved there. Distilled models (FLUX.2 [klein] without "base", FLUX.2 [dev]) are
+refused. Others report that preference training of this model breaks down at rates of 1e-4, and later or not at 1e-5
+(docs/status.md): begin low.
 
     accelerate launch train_sspo_flux2.py \
         --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B \
         --train_data_dir path/to/winners --ssr none --rival_weight 0.3 --draws_per_pair 4 \
         --mixed_precision bf16 --cache_latents --gradient_checkpointing \
         --train_batch_size 1 --gradient_accumulation_steps 16 --rollout_batch_size 4 \
-        --learning_rate 1e-4 --validation_prompts "a red fox in the snow" --output_dir sspo-klein
+        --learning_rate 1e-5 --validation_prompts "a red fox in the snow" --output_dir sspo-klein
 """
 
 import argparse
@@ -618,6 +620,8 @@ def set_defaults(args):
         args.max_train_steps = 210
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.loss_type == "sft":
+        args.rivals = "self"  # none are sampled, and given ones need not be read
     if args.rollout_batch_size is None:
         pairs = args.train_batch_size * args.gradient_accumulation_steps
         args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
@@ -653,6 +657,8 @@ def check_args(args):
         raise UserError("--lr_scheduler constant has no warm-up: give constant_with_warmup, or drop --lr_warmup_steps")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError("--use_8bit_adam is a kind of adamw: drop it, or --optimizer adafactor")
+    if args.train_mode == "full" and getattr(args, "output_kohya_format", False):  # not all pipelines have it
+        raise UserError("--output_kohya_format is for LoRA weights: drop it, or --train_mode full")
 
 
 # Copied from train_sspo_sd.check_environment
@@ -718,18 +724,19 @@ def add_pipeline_arguments(parser):
         "are velocity errors. These are (1 - sigma)^-2 times the noise errors of Stable Diffusion; over the drawn "
         "sigmas the median of that factor is (1 + s)^2, where s is --timestep_shift. Stable Diffusion's --beta_dpo "
         "2000 therefore corresponds to 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 33 at 6.8. This is computed; tried "
-        "was only 500 at s = 1, on the small model of examples/quickstart. --rollout_strength is a share of the "
-        "sampler's steps, not a sigma: with 20 steps, 0.7 starts at sigma 0.94, 0.5 at 0.87, 0.3 at 0.74 and 0.2 at "
-        "0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. (Stable Diffusion's 0.7 is a sigma of "
-        "0.77.) Rivals and pictures are sampled by Euler steps, as in the pipeline.",
+        "were only 500, and 50 with --unpaired, at s = 1, on the small model of examples/quickstart. "
+        "--rollout_strength is a share of the sampler's steps, not a sigma: with 20 steps, 0.7 starts at sigma 0.94, "
+        "0.5 at 0.87, 0.3 at 0.74 and 0.2 at 0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. "
+        "(Stable Diffusion's 0.7 is a sigma of 0.77.) Rivals and pictures are sampled by Euler steps, as in the "
+        "pipeline.",
     ).add_argument
     add(
         "--timestep_shift",
         type=number(float, 0, above=True),
         default=1.0,
         help="Shift s of the sigmas drawn in training: s u / (1 + (s - 1) u), u the sigmoid of a normal number. Their "
-        "median is s / (1 + s); a larger s weights layout over detail. The sampler's own shift is 6.8 at 512 x 512, "
-        "9 at 1024 x 1024. --beta_dpo has to follow it, see above.",
+        "median is s / (1 + s); a larger s weights layout over detail. In 20 steps the sampler's own shift is 6.8 "
+        "at 512 x 512, 9 at 1024 x 1024. --beta_dpo has to follow it, see above.",
     )
     add(
         "--max_sequence_length",
@@ -812,6 +819,14 @@ def check_base(args, pipeline, source):
         raise UserError(f"--pretrained_model_name_or_path {name} {problem}")
 
 
+# Copied from train_sspo_sd.check_tokenizer
+def check_tokenizer(tokenizer, text_encoder):
+    """Raises ValueError if the tokenizer's files are missing: transformers then makes an empty one, without a word."""
+    if len(tokenizer) < text_encoder.config.vocab_size / 2:
+        known = f"{len(tokenizer)} of the text encoder's {text_encoder.config.vocab_size} tokens"
+        raise ValueError(f"its tokenizer knows {known}: files of it are missing")
+
+
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full and the
@@ -837,7 +852,8 @@ def load_models(args, dtype):
             timestep_shift=args.timestep_shift,
             max_sequence_length=args.max_sequence_length,
         )
-    except (OSError, ValueError) as error:
+        check_tokenizer(models.tokenizer, models.text_encoder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged or unfitting weights
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
     models.vae.enable_slicing()  # a batch of large pictures would need more memory than all else in a run
     for module in (*models.encoders, models.denoiser):
@@ -1013,7 +1029,7 @@ def lora_targets(args):
     `to_out` is a layer in single-stream blocks alone. In double-stream blocks it is a list, whose layer is to_out.0.
     """
     layers = "|".join(re.escape(layer.strip()) for layer in (args.lora_layers or LORA_LAYERS).split(","))
-    return rf"(?!transformer_blocks\.\d+\.attn\.to_out$).*\.({layers})"
+    return rf"(?!transformer_blocks\.\d+\.attn\.to_out$)(.*\.)?({layers})"
 
 
 # Copied from train_sspo_sd.trained_in_full
@@ -1060,16 +1076,23 @@ def save_result(models, args, directory):
     pipeline.save_pretrained(directory)
 
 
+# Copied from train_sspo_sd.of_revision
+def of_revision(args):
+    """--revision, as another argument of from_pretrained in the model card's lines."""
+    return f', revision="{args.revision}"' if args.revision else ""
+
+
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
-    base = args.pretrained_model_name_or_path if args.train_mode == "lora" else name
+    lora = args.train_mode == "lora"
+    base = f'"{args.pretrained_model_name_or_path}"{of_revision(args)}' if lora else f'"{name}"'
     size, tokens = "height={}, width={}".format(*picture_size(args)), args.max_sequence_length
     tokens = "" if tokens == PROMPT_TOKENS else f", max_sequence_length={tokens}"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
-        f'pipeline = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16)',
-        f'pipeline.load_lora_weights("{name}")' if args.train_mode == "lora" else "",
+        f"pipeline = DiffusionPipeline.from_pretrained({base}, dtype=torch.bfloat16)",
+        f'pipeline.load_lora_weights("{name}")' if lora else "",
         'pipeline.enable_model_cpu_offload()  # or, on a large card, pipeline.to("cuda")',
         f'picture = pipeline(prompt="a red fox in the snow", {size}{tokens}).images[0]',
     ]
@@ -1099,17 +1122,37 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
+# Copied from train_sspo_sd.training_files
+def training_files(folder, suffixes):
+    """
+    The pattern of a folder's files that are for training: those of the split called train if it has one, else all.
+
+    `datasets` itself takes any word in a name for a split: of a folder with `a train at night.png`, that one picture.
+    """
+    patterns = [] if any(folder.glob("metadata.*")) else ["**/train/**/*"]
+    if suffixes & {*FILE_BUILDERS}:
+        patterns.append("**/train[-._0-9]*")
+    return next((each for each in patterns if any(file.is_file() for file in folder.glob(each))), "**")
+
+
 # Copied from train_sspo_sd.add_captions
-def add_captions(dataset):
+def add_captions(dataset, folder):
     """
     A data set of files with the column `text`: what stands in the .txt file beside each, where kohya's tools want it.
 
-    Raises UserError if some files have none.
+    Raises UserError if some files have none, or if some that have one are of a kind that `datasets` does not read.
     """
     texts = [Path(winner["path"]).with_suffix(".txt") for winner in dataset[MODALITY]]
     missing = [text for text in texts if not text.exists()]
     if missing:
         raise UserError(f"{len(missing)} of {len(texts)} {MODALITY}s have no caption beside them, first {missing[0]}")
+    known = {text.resolve() for text in texts}
+    others = [file for file in sorted(folder.rglob("*")) if file.suffix not in (".txt", ".npz")]  # kohya's latents
+    others = [file for file in others if (text := file.with_suffix(".txt")).exists() and text.resolve() not in known]
+    if others:
+        raise UserError(
+            f"{len(others)} files with a caption are of no kind that datasets reads, first {others[0]}: convert them"
+        )
     return dataset.add_column("text", [text.read_text("utf-8-sig", errors="replace").strip() for text in texts])
 
 
@@ -1129,6 +1172,8 @@ def open_dataset(args, kind):
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
     suffixes = {file.suffix for file in path.rglob("*")}
     captioned = ".txt" in suffixes and not suffixes & {*FILE_BUILDERS, ".csv", ".jsonl"}
+    card = path / "README.md"  # of a copy from the hub, it may list configurations and their files
+    listed = args.dataset_config_name or (card.is_file() and "data_files" in card.read_text("utf-8", errors="replace"))
     shards = []
     if {".tar", ".parquet"} <= suffixes:  # img2dataset's: beside each shard a table without pictures, not to be read
         shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
@@ -1138,11 +1183,13 @@ def open_dataset(args, kind):
         elif path.is_file():
             dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
         elif captioned:
-            dataset = datasets.load_dataset(
-                f"{MODALITY}folder", data_dir=source, drop_labels=True, cache_dir=args.cache_dir
-            )
+            files = dict(data_dir=source, data_files={"train": "**"}, drop_labels=True)
+            dataset = datasets.load_dataset(f"{MODALITY}folder", **files, cache_dir=args.cache_dir)
         elif shards:
             dataset = datasets.load_dataset("webdataset", data_files=shards, **options)
+        elif path.is_dir() and not listed:
+            files = {"train": training_files(path, suffixes)}
+            dataset = datasets.load_dataset(source, data_files=files, **options)
         else:
             dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
     except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
@@ -1155,7 +1202,7 @@ def open_dataset(args, kind):
         for name, feature in dataset.features.items():
             if isinstance(feature, kind):
                 dataset = dataset.cast_column(name, kind(decode=False))
-        dataset = add_captions(dataset) if captioned else dataset
+        dataset = add_captions(dataset, path) if captioned else dataset
     if args.streaming:
         return (dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset).decode(False)
     return dataset
@@ -1230,7 +1277,7 @@ class Winners:
             yield from itertools.islice(enumerate(self.examples()), offset, None)
         else:
             order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
-            yield from ((row, None) for row in order[offset:].tolist())
+            yield from ((int(row), None) for row in order[offset:].numpy())  # a list would take six times the memory
 
     def load(self, epoch, row, example=None):
         """
@@ -1295,6 +1342,8 @@ def open_picture(encoded):
 def to_rgb(picture):
     """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating point numbers, of which nothing tells the range")
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -1978,11 +2027,11 @@ def open_repository(args):
 
 
 # Copied from train_sspo_sd.push_to_hub
-def push_to_hub(args, repository):
+def push_to_hub(args):
     """Uploads the result. Raises UserError if the hub does not take it."""
     try:
         upload_folder(
-            repo_id=repository,
+            repo_id=args.hub_model_id,
             folder_path=args.output_dir,
             commit_message="SSPO training",
             ignore_patterns=["checkpoint-*", "replay/*", "cache/*", "logs/*"],
@@ -2103,7 +2152,7 @@ def stock_precision(models, autocast):
     In this context the denoiser runs as in the stock pipeline: without autocast, with the LoRA adapters cast to the
     base's precision, once for all steps of a sample. The parameters that the optimizer holds are not touched.
 
-    In full mode it runs under autocast instead: its weights are fp32, and a half-precision copy would cost memory.
+    In full mode it runs under autocast instead: its weights are fp32.
     """
     places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
     trained = [part.weight for _, part in places]
@@ -2181,7 +2230,7 @@ def main(args):
     accelerator = make_accelerator(args)
     check_output_dir(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
-        repository = open_repository(args)
+        args.hub_model_id = open_repository(args)
     device, autocast, sspo = accelerator.device, accelerator.autocast, args.loss_type == "sspo"
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2344,7 +2393,7 @@ def main(args):
     if stopped:
         sys.exit(128 + stopped)
     if args.push_to_hub and accelerator.is_main_process:  # which may take hours: nobody waits for it
-        push_to_hub(args, repository)
+        push_to_hub(args)
 
 
 if __name__ == "__main__":

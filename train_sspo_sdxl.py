@@ -620,6 +620,8 @@ def set_defaults(args):
         args.max_train_steps = 210
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.loss_type == "sft":
+        args.rivals = "self"  # none are sampled, and given ones need not be read
     if args.rollout_batch_size is None:
         pairs = args.train_batch_size * args.gradient_accumulation_steps
         args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
@@ -655,6 +657,8 @@ def check_args(args):
         raise UserError("--lr_scheduler constant has no warm-up: give constant_with_warmup, or drop --lr_warmup_steps")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError("--use_8bit_adam is a kind of adamw: drop it, or --optimizer adafactor")
+    if args.train_mode == "full" and getattr(args, "output_kohya_format", False):  # not all pipelines have it
+        raise UserError("--output_kohya_format is for LoRA weights: drop it, or --train_mode full")
 
 
 # Copied from train_sspo_sd.check_environment
@@ -799,6 +803,14 @@ def check_layout(args, pipeline, unet):
         raise UserError(f"{name} is not Stable Diffusion XL: train_sspo_sd.py is for Stable Diffusion 1.x and 2.x")
 
 
+# Copied from train_sspo_sd.check_tokenizer
+def check_tokenizer(tokenizer, text_encoder):
+    """Raises ValueError if the tokenizer's files are missing: transformers then makes an empty one, without a word."""
+    if len(tokenizer) < text_encoder.config.vocab_size / 2:
+        known = f"{len(tokenizer)} of the text encoder's {text_encoder.config.vocab_size} tokens"
+        raise ValueError(f"its tokenizer knows {known}: files of it are missing")
+
+
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full and a VAE
@@ -828,7 +840,9 @@ def load_models(args, dtype):
             denoiser=UNet2DConditionModel.from_pretrained(name, subfolder="unet", **trained),
             noise_scheduler=DDPMScheduler.from_pretrained(name, subfolder="scheduler", **source, **prediction),
         )
-    except (OSError, ValueError) as error:
+        check_tokenizer(models.tokenizer, models.text_encoder)
+        check_tokenizer(models.tokenizer_2, models.text_encoder_2)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged or unfitting weights
         if args.pretrained_vae_model_name_or_path is not None:
             name += f" with --pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
@@ -1075,13 +1089,19 @@ def save_result(models, args, directory):
     pipeline.save_pretrained(directory)
 
 
+# Copied from train_sspo_sd.of_revision
+def of_revision(args):
+    """--revision, as another argument of from_pretrained in the model card's lines."""
+    return f', revision="{args.revision}"' if args.revision else ""
+
+
 # Copied from train_sspo_sd.usage
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
     lora = args.train_mode == "lora"
-    base = args.pretrained_model_name_or_path if lora else name
+    base = f'"{args.pretrained_model_name_or_path}"{of_revision(args)}' if lora else f'"{name}"'
     lines = ["from diffusers import DiffusionPipeline"]
-    lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{base}").to("cuda")')
+    lines.append(f'pipeline = DiffusionPipeline.from_pretrained({base}).to("cuda")')
     if lora and args.prediction_type is not None:  # in full mode the result's own scheduler has it
         known = f'pipeline.scheduler.config, prediction_type="{args.prediction_type}"'
         lines.append(f"pipeline.scheduler = pipeline.scheduler.from_config({known})")
@@ -1111,17 +1131,37 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
+# Copied from train_sspo_sd.training_files
+def training_files(folder, suffixes):
+    """
+    The pattern of a folder's files that are for training: those of the split called train if it has one, else all.
+
+    `datasets` itself takes any word in a name for a split: of a folder with `a train at night.png`, that one picture.
+    """
+    patterns = [] if any(folder.glob("metadata.*")) else ["**/train/**/*"]
+    if suffixes & {*FILE_BUILDERS}:
+        patterns.append("**/train[-._0-9]*")
+    return next((each for each in patterns if any(file.is_file() for file in folder.glob(each))), "**")
+
+
 # Copied from train_sspo_sd.add_captions
-def add_captions(dataset):
+def add_captions(dataset, folder):
     """
     A data set of files with the column `text`: what stands in the .txt file beside each, where kohya's tools want it.
 
-    Raises UserError if some files have none.
+    Raises UserError if some files have none, or if some that have one are of a kind that `datasets` does not read.
     """
     texts = [Path(winner["path"]).with_suffix(".txt") for winner in dataset[MODALITY]]
     missing = [text for text in texts if not text.exists()]
     if missing:
         raise UserError(f"{len(missing)} of {len(texts)} {MODALITY}s have no caption beside them, first {missing[0]}")
+    known = {text.resolve() for text in texts}
+    others = [file for file in sorted(folder.rglob("*")) if file.suffix not in (".txt", ".npz")]  # kohya's latents
+    others = [file for file in others if (text := file.with_suffix(".txt")).exists() and text.resolve() not in known]
+    if others:
+        raise UserError(
+            f"{len(others)} files with a caption are of no kind that datasets reads, first {others[0]}: convert them"
+        )
     return dataset.add_column("text", [text.read_text("utf-8-sig", errors="replace").strip() for text in texts])
 
 
@@ -1141,6 +1181,8 @@ def open_dataset(args, kind):
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
     suffixes = {file.suffix for file in path.rglob("*")}
     captioned = ".txt" in suffixes and not suffixes & {*FILE_BUILDERS, ".csv", ".jsonl"}
+    card = path / "README.md"  # of a copy from the hub, it may list configurations and their files
+    listed = args.dataset_config_name or (card.is_file() and "data_files" in card.read_text("utf-8", errors="replace"))
     shards = []
     if {".tar", ".parquet"} <= suffixes:  # img2dataset's: beside each shard a table without pictures, not to be read
         shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
@@ -1150,11 +1192,13 @@ def open_dataset(args, kind):
         elif path.is_file():
             dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
         elif captioned:
-            dataset = datasets.load_dataset(
-                f"{MODALITY}folder", data_dir=source, drop_labels=True, cache_dir=args.cache_dir
-            )
+            files = dict(data_dir=source, data_files={"train": "**"}, drop_labels=True)
+            dataset = datasets.load_dataset(f"{MODALITY}folder", **files, cache_dir=args.cache_dir)
         elif shards:
             dataset = datasets.load_dataset("webdataset", data_files=shards, **options)
+        elif path.is_dir() and not listed:
+            files = {"train": training_files(path, suffixes)}
+            dataset = datasets.load_dataset(source, data_files=files, **options)
         else:
             dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
     except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
@@ -1167,7 +1211,7 @@ def open_dataset(args, kind):
         for name, feature in dataset.features.items():
             if isinstance(feature, kind):
                 dataset = dataset.cast_column(name, kind(decode=False))
-        dataset = add_captions(dataset) if captioned else dataset
+        dataset = add_captions(dataset, path) if captioned else dataset
     if args.streaming:
         return (dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset).decode(False)
     return dataset
@@ -1242,7 +1286,7 @@ class Winners:
             yield from itertools.islice(enumerate(self.examples()), offset, None)
         else:
             order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
-            yield from ((row, None) for row in order[offset:].tolist())
+            yield from ((int(row), None) for row in order[offset:].numpy())  # a list would take six times the memory
 
     def load(self, epoch, row, example=None):
         """
@@ -1307,6 +1351,8 @@ def open_picture(encoded):
 def to_rgb(picture):
     """A PIL picture as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating point numbers, of which nothing tells the range")
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -1990,11 +2036,11 @@ def open_repository(args):
 
 
 # Copied from train_sspo_sd.push_to_hub
-def push_to_hub(args, repository):
+def push_to_hub(args):
     """Uploads the result. Raises UserError if the hub does not take it."""
     try:
         upload_folder(
-            repo_id=repository,
+            repo_id=args.hub_model_id,
             folder_path=args.output_dir,
             commit_message="SSPO training",
             ignore_patterns=["checkpoint-*", "replay/*", "cache/*", "logs/*"],
@@ -2115,7 +2161,7 @@ def stock_precision(models, autocast):
     In this context the denoiser runs as in the stock pipeline: without autocast, with the LoRA adapters cast to the
     base's precision, once for all steps of a sample. The parameters that the optimizer holds are not touched.
 
-    In full mode it runs under autocast instead: its weights are fp32, and a half-precision copy would cost memory.
+    In full mode it runs under autocast instead: its weights are fp32.
     """
     places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
     trained = [part.weight for _, part in places]
@@ -2193,7 +2239,7 @@ def main(args):
     accelerator = make_accelerator(args)
     check_output_dir(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
-        repository = open_repository(args)
+        args.hub_model_id = open_repository(args)
     device, autocast, sspo = accelerator.device, accelerator.autocast, args.loss_type == "sspo"
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2356,7 +2402,7 @@ def main(args):
     if stopped:
         sys.exit(128 + stopped)
     if args.push_to_hub and accelerator.is_main_process:  # which may take hours: nobody waits for it
-        push_to_hub(args, repository)
+        push_to_hub(args)
 
 
 if __name__ == "__main__":

@@ -628,6 +628,8 @@ def set_defaults(args):
         args.max_train_steps = 210
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.loss_type == "sft":
+        args.rivals = "self"  # none are sampled, and given ones need not be read
     if args.rollout_batch_size is None:
         pairs = args.train_batch_size * args.gradient_accumulation_steps
         args.rollout_batch_size = max(min(pairs, 16) // args.train_batch_size, 1) * args.train_batch_size
@@ -663,6 +665,8 @@ def check_args(args):
         raise UserError("--lr_scheduler constant has no warm-up: give constant_with_warmup, or drop --lr_warmup_steps")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError("--use_8bit_adam is a kind of adamw: drop it, or --optimizer adafactor")
+    if args.train_mode == "full" and getattr(args, "output_kohya_format", False):  # not all pipelines have it
+        raise UserError("--output_kohya_format is for LoRA weights: drop it, or --train_mode full")
 
 
 # Copied from train_sspo_sd.check_environment
@@ -857,6 +861,14 @@ def check_base(args, pipeline, source):
         raise UserError(f"--pretrained_model_name_or_path {name} {problem}")
 
 
+# Copied from train_sspo_sd.check_tokenizer
+def check_tokenizer(tokenizer, text_encoder):
+    """Raises ValueError if the tokenizer's files are missing: transformers then makes an empty one, without a word."""
+    if len(tokenizer) < text_encoder.config.vocab_size / 2:
+        known = f"{len(tokenizer)} of the text encoder's {text_encoder.config.vocab_size} tokens"
+        raise ValueError(f"its tokenizer knows {known}: files of it are missing")
+
+
 def load_models(args, dtype):
     """
     Loads the pipeline's parts, frozen and on the CPU: in `dtype`, but for a denoiser that is trained in full and the
@@ -880,7 +892,8 @@ def load_models(args, dtype):
             noise_scheduler=scheduler.from_pretrained(name, subfolder="scheduler", **source),
             timestep_shift=args.timestep_shift,
         )
-    except (OSError, ValueError) as error:
+        check_tokenizer(models.tokenizer, models.text_encoder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: damaged or unfitting weights
         raise UserError(f"--pretrained_model_name_or_path {name} cannot be loaded: {one_line(error)}") from error
     if args.fps is None:  # only now is it known which model this is
         args.fps = 24 if pipeline.get("expand_timesteps") else 16
@@ -943,6 +956,7 @@ def magictime_table(source):
     return datasets.Dataset.from_dict(columns)
 
 
+# Copied from train_sspo_video.read_winner
 def read_winner(encoded, args, key):
     """
     Decodes the frames of one winner that are needed, and crops them all in the same place.
@@ -957,27 +971,19 @@ def read_winner(encoded, args, key):
     path, content = encoded if isinstance(encoded, str) else None, encoded if isinstance(encoded, bytes) else None
     if isinstance(encoded, dict):
         path, content = encoded["path"], encoded["bytes"]
-    rate = frame_rate(path, content) if args.frame_stride is None else None
-    frames = read_frames(path, content, functools.partial(choose_frames, rate=rate, args=args, key=key))
+    frames = read_frames(path, content, functools.partial(choose_frames, args=args, key=key))
     cropped = [crop_picture(frame, args, keyed_generator("crop", *key)) for frame in frames]
     return {"pixels": torch.stack([pixels for pixels, _ in cropped])}
-
-
-def frame_rate(path, content):
-    """The frames a second of a file, on average. Raises ValueError where it does not tell."""
-    with open_clip(path, content) as (_, track):
-        rate = track.average_rate or track.guessed_rate
-    if not rate:
-        raise ValueError("it does not tell its frames a second: give --frame_stride")
-    return rate
 
 
 def choose_frames(count, rate, args, key):
     """
     Which frames of a clip of `count`, `rate` a second, are trained on, in order: the nearest to those that the model
-    shows, args.fps a second, or every --frame_stride-th. Raises ValueError if it has too few.
+    shows, args.fps a second, or every --frame_stride-th. Raises ValueError if it has too few, or no rate.
     """
     frames, stride = args.num_frames, args.frame_stride
+    if stride is None and not rate:
+        raise ValueError("it does not tell its frames a second: give --frame_stride")
     places = range(frames) if stride == 0 else [int(i * (stride or rate / args.fps) + 0.5) for i in range(frames)]
     needed = places[-1] + 1
     if count < needed:
@@ -1006,7 +1012,8 @@ def open_clip(path, content):
 # Copied from train_sspo_video.read_frames
 def read_frames(path, content, choose):
     """
-    The frames that `choose` names when it is told how many there are, a list of PIL pictures.
+    The frames that `choose` names when it is told how many there are, and how many a second on average (None where the
+    file does not tell), a list of PIL pictures.
 
     Times of all frames are read off the packets, without decoding. Then decoding starts at the last keyframe before
     the first frame that is wanted and ends with the last. Where that does not work, because packets carry no times or
@@ -1017,25 +1024,26 @@ def read_frames(path, content, choose):
         times = {packet.pts for packet in packets}
         if len(times) == len(packets) and None not in times:
             times = sorted(times)
-            indices = choose(len(times))
+            seconds = (times[-1] - times[0]) * track.time_base if times else 0
+            indices = choose(len(times), (len(times) - 1) / seconds if seconds else track.average_rate)
             wanted, found = {times[index] for index in indices}, {}
             container.seek(times[indices[0]], stream=track)
             for frame in container.decode(track):
                 if frame.pts in wanted:
-                    found[frame.pts] = upright(frame)
+                    found[frame.pts] = upright(frame, track)
                 if len(found) == len(wanted):
                     return [found[times[index]] for index in indices]
     with open_clip(path, content) as (container, track):
-        indices = choose(sum(1 for _ in container.decode(track)))
+        indices = choose(sum(1 for _ in container.decode(track)), track.average_rate)
     with open_clip(path, content) as (container, track):
-        found = {i: upright(frame) for i, frame in enumerate(container.decode(track)) if i in indices}
+        found = {i: upright(frame, track) for i, frame in enumerate(container.decode(track)) if i in indices}
     return [found[index] for index in indices]
 
 
 # Copied from train_sspo_video.upright
-def upright(frame):
-    """A decoded frame as a PIL picture, turned as the camera noted it."""
-    picture = frame.to_image()
+def upright(frame, track):
+    """A decoded frame as a PIL picture, its pixels square, and turned as the camera noted it."""
+    picture = frame.to_image(width=round(frame.width * (track.sample_aspect_ratio or 1)))
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 
 
@@ -1261,23 +1269,31 @@ def save_result(models, args, directory):
     pipeline.save_pretrained(directory)
 
 
+# Copied from train_sspo_sd.of_revision
+def of_revision(args):
+    """--revision, as another argument of from_pretrained in the model card's lines."""
+    return f', revision="{args.revision}"' if args.revision else ""
+
+
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
-    base = args.pretrained_model_name_or_path if args.train_mode == "lora" else name
+    lora = args.train_mode == "lora"
+    base = f'"{args.pretrained_model_name_or_path}"{of_revision(args)}' if lora else f'"{name}"'
     shift = f"flow_shift={args.flow_shift}, shift={args.flow_shift}"  # UniPC's name for it, and Euler's
     size = f"height={args.height}, width={args.width}, num_frames={args.num_frames}"
+    negative = f", negative_prompt={args.negative_prompt!r}" if args.negative_prompt else ""
     lines = [
         "import torch",
         "from diffusers import AutoencoderKLWan, WanPipeline",
         "from diffusers.utils import export_to_video",
-        f'vae = AutoencoderKLWan.from_pretrained("{base}", subfolder="vae", dtype=torch.float32)',
-        f'pipeline = WanPipeline.from_pretrained("{base}", vae=vae, dtype=torch.bfloat16)',
-        f'pipeline.load_lora_weights("{name}")' if args.train_mode == "lora" else "",
+        f'vae = AutoencoderKLWan.from_pretrained({base}, subfolder="vae", dtype=torch.float32)',
+        f"pipeline = WanPipeline.from_pretrained({base}, vae=vae, dtype=torch.bfloat16)",
+        f'pipeline.load_lora_weights("{name}")' if lora else "",
         f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {shift})"
         if args.flow_shift is not None
         else "",
         'pipeline.enable_model_cpu_offload()  # or, on a large card, pipeline.to("cuda")',
-        f'frames = pipeline(prompt="a rose opens, time-lapse", {size}).frames[0]',
+        f'frames = pipeline(prompt="a rose opens, time-lapse", {size}{negative}).frames[0]',
         f'export_to_video(frames, "clip.mp4", fps={args.fps})',
     ]
     return "\n".join(filter(None, lines))
@@ -1326,17 +1342,37 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 SHUFFLE_BUFFER = 1000  # rows held in memory, still encoded, to shuffle a --streaming data set
 
 
+# Copied from train_sspo_sd.training_files
+def training_files(folder, suffixes):
+    """
+    The pattern of a folder's files that are for training: those of the split called train if it has one, else all.
+
+    `datasets` itself takes any word in a name for a split: of a folder with `a train at night.png`, that one picture.
+    """
+    patterns = [] if any(folder.glob("metadata.*")) else ["**/train/**/*"]
+    if suffixes & {*FILE_BUILDERS}:
+        patterns.append("**/train[-._0-9]*")
+    return next((each for each in patterns if any(file.is_file() for file in folder.glob(each))), "**")
+
+
 # Copied from train_sspo_sd.add_captions
-def add_captions(dataset):
+def add_captions(dataset, folder):
     """
     A data set of files with the column `text`: what stands in the .txt file beside each, where kohya's tools want it.
 
-    Raises UserError if some files have none.
+    Raises UserError if some files have none, or if some that have one are of a kind that `datasets` does not read.
     """
     texts = [Path(winner["path"]).with_suffix(".txt") for winner in dataset[MODALITY]]
     missing = [text for text in texts if not text.exists()]
     if missing:
         raise UserError(f"{len(missing)} of {len(texts)} {MODALITY}s have no caption beside them, first {missing[0]}")
+    known = {text.resolve() for text in texts}
+    others = [file for file in sorted(folder.rglob("*")) if file.suffix not in (".txt", ".npz")]  # kohya's latents
+    others = [file for file in others if (text := file.with_suffix(".txt")).exists() and text.resolve() not in known]
+    if others:
+        raise UserError(
+            f"{len(others)} files with a caption are of no kind that datasets reads, first {others[0]}: convert them"
+        )
     return dataset.add_column("text", [text.read_text("utf-8-sig", errors="replace").strip() for text in texts])
 
 
@@ -1356,6 +1392,8 @@ def open_dataset(args, kind):
     options = dict(cache_dir=args.cache_dir, streaming=args.streaming)
     suffixes = {file.suffix for file in path.rglob("*")}
     captioned = ".txt" in suffixes and not suffixes & {*FILE_BUILDERS, ".csv", ".jsonl"}
+    card = path / "README.md"  # of a copy from the hub, it may list configurations and their files
+    listed = args.dataset_config_name or (card.is_file() and "data_files" in card.read_text("utf-8", errors="replace"))
     shards = []
     if {".tar", ".parquet"} <= suffixes:  # img2dataset's: beside each shard a table without pictures, not to be read
         shards = [str(shard) for shard in sorted(path.rglob("*.tar")) if shard.with_suffix(".parquet").exists()]
@@ -1365,11 +1403,13 @@ def open_dataset(args, kind):
         elif path.is_file():
             dataset = datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=source, **options)
         elif captioned:
-            dataset = datasets.load_dataset(
-                f"{MODALITY}folder", data_dir=source, drop_labels=True, cache_dir=args.cache_dir
-            )
+            files = dict(data_dir=source, data_files={"train": "**"}, drop_labels=True)
+            dataset = datasets.load_dataset(f"{MODALITY}folder", **files, cache_dir=args.cache_dir)
         elif shards:
             dataset = datasets.load_dataset("webdataset", data_files=shards, **options)
+        elif path.is_dir() and not listed:
+            files = {"train": training_files(path, suffixes)}
+            dataset = datasets.load_dataset(source, data_files=files, **options)
         else:
             dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
     except Exception as error:  # datasets raises nearly everything, down to IndexError for an empty set
@@ -1382,7 +1422,7 @@ def open_dataset(args, kind):
         for name, feature in dataset.features.items():
             if isinstance(feature, kind):
                 dataset = dataset.cast_column(name, kind(decode=False))
-        dataset = add_captions(dataset) if captioned else dataset
+        dataset = add_captions(dataset, path) if captioned else dataset
     if args.streaming:
         return (dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset).decode(False)
     return dataset
@@ -1457,7 +1497,7 @@ class Winners:
             yield from itertools.islice(enumerate(self.examples()), offset, None)
         else:
             order = torch.randperm(len(self), generator=keyed_generator("order", self.args.seed, epoch))
-            yield from ((row, None) for row in order[offset:].tolist())
+            yield from ((int(row), None) for row in order[offset:].numpy())  # a list would take six times the memory
 
     def load(self, epoch, row, example=None):
         """
@@ -2183,11 +2223,11 @@ def open_repository(args):
 
 
 # Copied from train_sspo_sd.push_to_hub
-def push_to_hub(args, repository):
+def push_to_hub(args):
     """Uploads the result. Raises UserError if the hub does not take it."""
     try:
         upload_folder(
-            repo_id=repository,
+            repo_id=args.hub_model_id,
             folder_path=args.output_dir,
             commit_message="SSPO training",
             ignore_patterns=["checkpoint-*", "replay/*", "cache/*", "logs/*"],
@@ -2308,7 +2348,7 @@ def stock_precision(models, autocast):
     In this context the denoiser runs as in the stock pipeline: without autocast, with the LoRA adapters cast to the
     base's precision, once for all steps of a sample. The parameters that the optimizer holds are not touched.
 
-    In full mode it runs under autocast instead: its weights are fp32, and a half-precision copy would cost memory.
+    In full mode it runs under autocast instead: its weights are fp32.
     """
     places = [(layer, part[POLICY]) for layer in models.adapted_layers for part in (layer.lora_A, layer.lora_B)]
     trained = [part.weight for _, part in places]
@@ -2386,7 +2426,7 @@ def main(args):
     accelerator = make_accelerator(args)
     check_output_dir(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
-        repository = open_repository(args)
+        args.hub_model_id = open_repository(args)
     device, autocast, sspo = accelerator.device, accelerator.autocast, args.loss_type == "sspo"
     winners = Winners(args)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -2549,7 +2589,7 @@ def main(args):
     if stopped:
         sys.exit(128 + stopped)
     if args.push_to_hub and accelerator.is_main_process:  # which may take hours: nobody waits for it
-        push_to_hub(args, repository)
+        push_to_hub(args)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,17 @@ def test_the_backward_of_attention_takes_fewer_rows(motion, options, refused):
     train_sspo_video.check_attention(args, heads=8)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(loss_type="sft"), dict(loss_type="sft", train_batch_size=8), dict(rivals="given")]
+)
+def test_attention_is_not_counted_where_nothing_is_sampled(motion, options):
+    """16 rivals of 512 x 512 would be too many, and fine-tuning has no second half of a pair."""
+    base, adapter = motion
+    shared = dict(motion_adapter_name_or_path=adapter, num_frames=16, resolution=512, train_batch_size=1)
+    words = flags(base, "clips", "out", **{**shared, **options}, rollout_batch_size=16)
+    train_sspo_video.check_attention(train_sspo_video.parse_args(words), heads=8)
+
+
 @pytest.mark.parametrize("capability, refused", [((7, 5), True), ((8, 0), False)])
 def test_bf16_wants_a_card_that_has_it(monkeypatch, capability, refused):
     """PyTorch says yes to any card: an older one would emulate it, and attention in it would hold its whole matrix."""

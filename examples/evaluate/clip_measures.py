@@ -25,9 +25,9 @@ def to_tensor(frames):
 
 
 # Copied from train_sspo_video.upright
-def upright(frame):
-    """A decoded frame as a PIL picture, turned as the camera noted it."""
-    picture = frame.to_image()
+def upright(frame, track):
+    """A decoded frame as a PIL picture, its pixels square, and turned as the camera noted it."""
+    picture = frame.to_image(width=round(frame.width * (track.sample_aspect_ratio or 1)))
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 
 
@@ -63,8 +63,10 @@ class References:
             with av.open(str(path)) as container:
                 track = container.streams.video[0]
                 decoded = list(container.decode(track))
-                chosen = self.choose(len(decoded), track.average_rate or track.guessed_rate)
-                frames = [upright(decoded[i]) for i in chosen]
+                times = [frame.pts for frame in decoded if frame.pts is not None]
+                seconds = (times[-1] - times[0]) * track.time_base if len(times) == len(decoded) > 1 else 0
+                rate = (len(times) - 1) / seconds if seconds else track.average_rate
+                frames = [upright(decoded[i], track) for i in self.choose(len(decoded), rate)]
         except Exception as error:  # PyAV's errors are OSError, ValueError, LookupError, ...
             raise UserError(f"the real clip {path} cannot be used: {one_line(error)}") from error
         return to_tensor([ImageOps.fit(frame, self.size, Image.Resampling.LANCZOS) for frame in frames])

@@ -19,8 +19,8 @@ def chosen(monkeypatch):
     """{(seed, epoch, row): the frames that were chosen}, as clips are read."""
     taken, choose = {}, script.choose_frames
 
-    def spy(count, args, key):
-        taken[key] = choose(count, args, key)
+    def spy(count, rate, args, key):
+        taken[key] = choose(count, rate, args, key)
         return taken[key]
 
     monkeypatch.setattr(script, "choose_frames", spy)
@@ -91,7 +91,7 @@ def test_the_frames_that_were_asked_for_are_read(tmp_path, format, codec, option
     read = (str(path), None) if source == "file" else (None, path.read_bytes())
     for wanted in ([0, 13], [13], [5, 6, 7], [2, 9, 12]):
         counted = []
-        frames = script.read_frames(*read, lambda count, w=wanted, c=counted: c.append(count) or w)
+        frames = script.read_frames(*read, lambda count, _, w=wanted, c=counted: c.append(count) or w)
         assert set(counted) == {14}
         assert places_of(frames) == pytest.approx([3 * i for i in wanted], abs=1)
 
@@ -102,7 +102,7 @@ def test_no_more_is_decoded_than_is_needed(tmp_path, monkeypatch):
     tiny.write_clip(tmp_path / "clip.mp4", frames, "mp4", "libx264", g="10", bf="0")
     kept, decoded = [], []
     upright, decode, open_clip = script.upright, av.container.InputContainer.decode, script.open_clip
-    monkeypatch.setattr(script, "upright", lambda frame: kept.append(frame.pts) or upright(frame))
+    monkeypatch.setattr(script, "upright", lambda frame, track: kept.append(frame.pts) or upright(frame, track))
 
     class Counting:
         def __init__(self, container):
@@ -122,7 +122,7 @@ def test_no_more_is_decoded_than_is_needed(tmp_path, monkeypatch):
             yield Counting(container), track
 
     monkeypatch.setattr(script, "open_clip", counted)
-    assert len(script.read_frames(str(tmp_path / "clip.mp4"), None, lambda count: [103, 105, 107])) == 3
+    assert len(script.read_frames(str(tmp_path / "clip.mp4"), None, lambda count, rate: [103, 105, 107])) == 3
     assert len(kept) == 3
     assert 3 <= len(decoded) <= 12
 
@@ -136,9 +136,24 @@ def test_a_clip_filmed_upright_is_turned(tmp_path):
     start = content.index(b"tkhd") + 4 + 40
     turn = [0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30]
     content[start : start + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
-    (frame,) = script.read_frames(None, bytes(content), lambda count: [1])
+    (frame,) = script.read_frames(None, bytes(content), lambda count, rate: [1])
     assert frame.size == (64, 96)
     assert frame.getpixel((56, 90))[0] > 200 > 50 > frame.getpixel((8, 8))[0]
+
+
+def test_a_clip_of_oblong_pixels_is_as_wide_as_it_is_shown(tmp_path):
+    """Those of DV and DVD: 64 columns twice as wide as the rows are high."""
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        track = container.add_stream("libx264", rate=8)
+        track.width, track.height, track.pix_fmt = 64, 64, "yuv420p"
+        track.codec_context.sample_aspect_ratio = 2
+        for caption in ("a red circle", "a blue square"):
+            container.mux(track.encode(av.VideoFrame.from_image(tiny.picture(caption))))
+        container.mux(track.encode())
+    frames = script.read_frames(str(tmp_path / "clip.mp4"), None, lambda count, rate: [0, 1])
+    assert [frame.size for frame in frames] == [(128, 64)] * 2
+    there = np.asarray(tiny.picture("a blue square").resize((128, 64))).astype(int)
+    assert np.abs(np.asarray(frames[1]).astype(int) - there).mean() < 12, "all of it, and not the left half"
 
 
 # Clips that cannot be used
@@ -208,4 +223,4 @@ def test_a_bad_clip_stops_a_run_or_is_skipped(trains, tmp_path, log, options):
 def test_a_clip_without_any_frame_is_refused(tmp_path, clips):
     args = open_winners(script, tmp_path, clips, num_frames=1).args
     with pytest.raises(ValueError, match="it has 0 frames"):
-        script.choose_frames(0, args, (0, 0, 0))
+        script.choose_frames(0, None, args, (0, 0, 0))

@@ -135,7 +135,7 @@ def test_every_form_gives_every_winner_with_its_caption(tmp_path, kind, form, st
             drawn, _ = script.crop_picture(tiny.picture(example["caption"]), winners.args, torch.Generator())
             assert (example["pixels"] - drawn).abs().max() < 1e-6
             continue
-        indices = script.choose_frames(12, winners.args, (0, example["epoch"], example["row"]))
+        indices = script.choose_frames(12, None, winners.args, (0, example["epoch"], example["row"]))
         frames = tiny.moving_frames(example["caption"])
         for taken, index in zip(example["pixels"], indices, strict=True):
             drawn, _ = script.crop_picture(frames[index], winners.args, torch.Generator())
@@ -202,6 +202,76 @@ def test_a_column_that_is_named_is_taken_of_pairs_too(tmp_path, pairs):
     """Whichever picture won, and of ties."""
     data = open_winners(SCRIPTS["sd"], tmp_path, pairs, image_column="jpg_0")
     assert len(data) == 8 and not data.pairs
+
+
+def named_by_captions(place, kind="csv"):
+    """Winners whose names have words that `datasets` reads as those of splits."""
+    names = ["a train at night", "0001-val", "test", "a dev at work", "two foxes", "training day"]
+    tiny.folder_of_winners(place, COUNT, metadata="csv")
+    lines = (place / "metadata.csv").read_text().splitlines()
+    for i, name in enumerate(names):
+        file, caption = lines[i + 1].split(",", 1)
+        (place / file).rename(place / f"{name}.png")
+        (place / f"{name}.txt").write_text(caption)
+        lines[i + 1] = f"{name}.png,{caption}"
+    (place / "metadata.csv").write_text("\n".join(lines))
+    return place
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("captions", ["metadata.csv", "*.txt"])
+def test_a_word_in_a_name_is_no_split(tmp_path, captions, streaming):
+    place = named_by_captions(tmp_path / "data")
+    for other in {"metadata.csv", "*.txt"} - {captions}:
+        for file in place.glob(other):
+            file.unlink()
+    winners = open_winners(SCRIPTS["sd"], tmp_path, place, streaming=streaming)
+    assert Counter(example["caption"] for example in served(winners, COUNT)) == Counter(CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    "files, count",
+    [
+        (["winners", "winners_test"], 2 * COUNT),
+        (["train", "test"], COUNT),
+        (["data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-00000-of-00001"], 2 * COUNT),
+        (["set/train/0000", "set/test/0000"], COUNT),
+        (["a-train-ride", "b"], 2 * COUNT),
+    ],
+)
+def test_tables_of_a_training_split_are_taken_or_else_all(tmp_path, files, count):
+    for file in files:
+        (tmp_path / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        as_table("sd").to_parquet(tmp_path / "data" / f"{file}.parquet")
+    assert len(open_winners(SCRIPTS["sd"], tmp_path, tmp_path / "data")) == count
+
+
+def test_a_folder_of_splits_gives_the_training_split(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        tiny.folder_of_winners(tmp_path / "data" / split, count)
+    assert len(open_winners(SCRIPTS["sd"], tmp_path, tmp_path / "data")) == 3
+
+
+def test_archives_are_all_read_whatever_their_names(tmp_path):
+    place = make("sd", "webdataset", tmp_path / "data")["train_data_dir"]
+    shutil.copy(place / "shard-000.tar", place / "val-000.tar")
+    winners = open_winners(SCRIPTS["sd"], tmp_path, place, streaming=True)
+    assert {example["epoch"] for example in served(winners, 2 * COUNT)} == {0}
+
+
+def test_a_captioned_file_that_is_not_read_is_named(tmp_path):
+    """Of a kind that `datasets` does not know, where the others would be trained on without a word."""
+    place = make("sd", "kohya", tmp_path / "data")["train_data_dir"]
+    (place / "10_shapes" / "notes.txt").write_text("no caption of anything")
+    assert len(open_winners(SCRIPTS["sd"], tmp_path, place)) == COUNT
+    (place / "10_shapes" / "3.PNG").rename(place / "10_shapes" / "3.avif")
+    with pytest.raises(SCRIPTS["sd"].UserError, match=r"1 files with a caption .* first .*/3\.avif: convert them"):
+        open_winners(SCRIPTS["sd"], tmp_path, place)
+
+
+def test_fine_tuning_does_not_read_the_losers(tmp_path, pairs):
+    winners = open_winners(SCRIPTS["sd"], tmp_path, pairs, loss_type="sft", rivals="given")
+    assert "rival_pixels" not in served(winners, 1)[0]
 
 
 def test_a_configuration_of_several(tmp_path):

@@ -81,6 +81,8 @@ def test_pictures_look_as_in_a_viewer(kind):
     file = io.BytesIO()
     turned.save(file, "JPEG", exif=turned.getexif())
     assert script.to_rgb(Image.open(file)).size == (4, 6)
+    with pytest.raises(ValueError, match="floating point"):  # 0 to 1 would become black
+        script.to_rgb(Image.fromarray(np.full((4, 4), 0.5, np.float32)))
 
 
 def test_a_picture_is_read_from_bytes_or_a_path_alone(tmp_path):

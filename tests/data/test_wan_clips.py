@@ -1,6 +1,5 @@
 """Which frames of a file train_sspo_wan.py reads: by the file's rate and the model's, or by a stride."""
 
-import contextlib
 from fractions import Fraction
 
 import av
@@ -82,14 +81,31 @@ def test_a_stride_does_not_look_at_the_rate(tmp_path, stride, taken):
 def test_containers_tell_their_rate(tmp_path, format, codec, source):
     path = striped(20, 20, tmp_path / f"clip.{format}", format, codec)
     read = (str(path), None) if source == "file" else (None, path.read_bytes())
-    assert float(script.frame_rate(*read)) == pytest.approx(20, rel=0.01)
+    assert float(rate_of(*read)) == pytest.approx(20, rel=0.01)
+
+
+def rate_of(path, content=None):
+    told = []
+    script.read_frames(path, content, lambda count, rate: told.append(rate) or [0])
+    return told[0]
+
+
+def test_the_rate_is_that_of_the_frames_times(tmp_path):
+    """Browsers record about 30 frames a second into files whose header says nothing, or 1000."""
+    path = tmp_path / "clip.webm"
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("libvpx", rate=1000)
+        track.width, track.height, track.pix_fmt = 64, 64, "yuv420p"
+        for i in range(31):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 64), (4 * i,) * 3))
+            frame.pts, frame.time_base = 33 * i + i % 3, Fraction(1, 1000)
+            container.mux(track.encode(frame))
+        container.mux(track.encode())
+    assert float(rate_of(str(path))) == pytest.approx(1000 / 33, rel=0.01)
 
 
 def test_a_file_that_does_not_tell_its_rate_is_named(tmp_path, clips, monkeypatch):
-    class Track:
-        average_rate = guessed_rate = None
-
-    monkeypatch.setattr(script, "open_clip", lambda *_: contextlib.nullcontext((None, Track)))
+    monkeypatch.setattr(script, "read_frames", lambda path, content, choose: choose(100, None))
     winners = open_winners(script, tmp_path, clips)
     with pytest.raises(
         script.BadExample, match=r"\d.mp4 in row \d .* does not tell its frames .* give --frame_stride"

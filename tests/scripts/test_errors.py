@@ -45,6 +45,7 @@ def words_of(kind, **options):
         (dict(streaming=True, cache_latents=True), "--cache_latents needs the whole data set"),
         (dict(streaming=True, max_train_steps=None, num_train_epochs=1), "give --max_train_steps"),
         (dict(use_8bit_adam=True, optimizer="adafactor"), "--use_8bit_adam"),
+        (dict(train_mode="full", output_kohya_format=True), "--output_kohya_format"),
         (dict(ssr="ipo"), "--ssr: invalid choice: 'ipo'"),
         (dict(train_mode="dora"), "--train_mode: invalid choice: 'dora'"),
         (dict(report_to="paper"), "--report_to: invalid choice: 'paper'"),

@@ -127,6 +127,13 @@ def test_layers_of_ones_own_choice(train):
     }
 
 
+def test_layers_may_be_named_by_their_whole_path(train):
+    chosen = ["x_embedder", "transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_out"]
+    run = train(lora_layers=",".join(chosen), max_train_steps=1)
+    layers = load_file(run.path / "pytorch_lora_weights.safetensors")
+    assert {name.removeprefix("transformer.").split(".lora_")[0] for name in layers} == {*chosen}
+
+
 def test_full_result_is_a_whole_pipeline(train, flux2, draw):
     """With all layers of the text encoder, those too that training has no use for."""
     run = train(train_mode="full", learning_rate=1e-4)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import EVERY, SCRIPTS, flags, quick_first, with_every
+from helpers import EVERY, SCRIPTS, flags, quick_first, with_every, with_shared_code
 from huggingface_hub import ModelCard
 
 
@@ -106,7 +106,12 @@ def test_a_model_of_the_hub_is_read_in_its_revision_and_its_variant(each, hub, m
     """All of its parts, at the start and for the result."""
     named = dict(model="me/base", revision="other", variant="fp16", cache_dir=hub(each.base(), "other"))
     run = each(train_mode=mode, max_train_steps=1, rollout_steps=1, **named)
-    assert ModelCard.load(run.path / "README.md").data.base_model == "me/base"
+    card = ModelCard.load(run.path / "README.md")
+    assert card.data.base_model == "me/base"
+    of_base = [line for line in card.text.splitlines() if '"me/base"' in line and ("=" in line or "motion" in line)]
+    assert all('"me/base", revision="other"' in line for line in of_base) and bool(of_base) == (
+        '"me/base"' in card.text
+    )
 
 
 # Bases that would be trained wrongly. The folders have no weights: what is refused is known without them.
@@ -202,6 +207,27 @@ def test_what_the_result_lacks_is_known_before_it_is_trained(sd, tmp_path, part)
     index.write_text(json.dumps({**json.loads(index.read_text()), part: classes[part]}))
     refused("sd", "pruned cannot be loaded", tmp_path / "pruned", train_mode="full")
     assert load("sd", tmp_path / "pruned").denoiser is not None
+
+
+@with_shared_code
+def test_a_tokenizer_without_its_files_is_refused(each, tmp_path):
+    """transformers makes an empty one then, and each caption would be a row of unknown words."""
+    shutil.copytree(each.base(), tmp_path / "base")
+    for file in (tmp_path / "base" / "tokenizer").glob("[!t]*"):
+        file.unlink()
+    (tmp_path / "base" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(each.script.UserError, match="base cannot be loaded: its tokenizer knows .* are missing"):
+        each(model=tmp_path / "base", max_train_steps=1)
+
+
+@with_shared_code
+def test_half_a_file_of_weights_is_named(each, tmp_path):
+    """Of a copy that was interrupted."""
+    shutil.copytree(each.base(), tmp_path / "base")
+    weights = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(each.script.UserError, match="--pretrained_model_name_or_path .*base cannot be loaded"):
+        each(model=tmp_path / "base", max_train_steps=1)
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

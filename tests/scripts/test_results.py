@@ -1,5 +1,7 @@
 """What every script leaves: a result that draws in the stock pipeline what the run drew, its card, the trackers."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +152,16 @@ def test_prediction_type_is_kept_by_the_card(trains, kind, mode):
     assert other.config.prediction_type == "v_prediction", "another sampler takes it over"
 
 
+def test_the_prediction_of_a_base_is_kept_by_the_card(trains, request, tmp_path):
+    """AnimateDiff's has a schedule of its own, which knows nothing of the base's."""
+    base, _ = request.getfixturevalue("motion")
+    shutil.copytree(base, tmp_path / "base")
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
+    run = trains["video"](model=tmp_path / "base", max_train_steps=1)
+    assert by_the_card(run).scheduler.config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_weights_in_half_precision_are_trained_in_fp32(request, trains, tmp_path, family):
     """A base that is stored in fp16 is read as fp32, so that small updates are not lost."""
@@ -266,7 +278,7 @@ def test_push_to_hub_goes_to_the_named_repository_and_takes_the_result_alone(eac
     assert samples and {name.split("/")[0] for name in there} > {"checkpoint-1", "replay", "cache", "logs"}
     taken = set(filter_repo_objects(there, ignore_patterns=upload["ignore_patterns"]))
     assert taken == {"pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", *samples}
-    assert 'load_lora_weights("other")' in (run.path / "README.md").read_text()
+    assert 'load_lora_weights("me/other")' in (run.path / "README.md").read_text()
 
 
 def refuse(*args, **kwargs):
