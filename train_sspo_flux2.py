@@ -32,7 +32,7 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
 
 The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
 first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. The defaults follow the paper where it states them
+good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
 (docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
 
 What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
@@ -42,8 +42,8 @@ statistics. The VAE runs in fp32 (on a GPU its convolutions in TF32, PyTorch's d
 tell winners, which it encodes, from rivals, which it never sees. A prompt is 512 tokens of 7680 numbers, 7.5 MiB in
 bf16: --cache_latents stores equal captions once and first logs how much disk it takes, and the text encoder leaves the
 accelerator before the transformer is moved there. Distilled models (FLUX.2 [klein] without "base", FLUX.2 [dev]) are
-refused. Others report that preference training of this model breaks down at rates of 1e-4, and later or not at 1e-5
-(docs/status.md): begin low.
+refused. Others report that preference training of this model breaks down, DPO within few updates and GRPO at a rate of
+1e-4, later at 1e-5, and that its unguided samples are poor (docs/status.md): begin low, and look at the samples.
 
     accelerate launch train_sspo_flux2.py \
         --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B \
@@ -178,7 +178,7 @@ class ReplayBank:
     Args:
         directory: where the entries are, as safetensors.
         size: entries to draw from, the base included.
-        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (as DITTO).
+        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (DITTO-like).
         seed: of the draws.
     """
 
@@ -368,9 +368,9 @@ def sspo_loss(
     is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
 
     `unpaired` gives each half a term of its own: -log sigmoid(-beta/2 * gap_w) - w * log sigmoid(s * beta/2 * gap_r)
-    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). In the
-    paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap is large, even if
-    the winner has got worse by then (arXiv 2512.07175). Here such a winner is still learned, and a rival that is far
+    with w = rival_weight, the second dropped where s = 0; with s = +1 it has the form of DDO's loss (arXiv
+    2503.01103). In the paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap
+    is large, even if the winner has got worse by then. Here such a winner is still learned, and a rival that is far
     away is no longer pushed. At the first update both forms have the same gradient; this loss is (1 + w) ln 2.
 
     Args:
@@ -378,7 +378,7 @@ def sspo_loss(
             each (batch,) or (batch, draws). Only the policy's carry gradients.
         beta: the strength of the pull to the reference.
         ssr: sign, indicator or none.
-        rival_weight: factor on s * gap_r; 1 in the paper.
+        rival_weight: factor on s * gap_r, or on the rival's term; 1 in the paper.
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
         unpaired: whether each half has its own log-sigmoid.
     Returns:
@@ -520,7 +520,7 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).")
     add("--unpaired", action="store_true",
         help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
-        "learned where the rival is far away. Use about a tenth of the usual --beta_dpo.")
+        "learned where the rival is far away. --beta_dpo has to be tuned with it.")
     add("--rival_weight", type=factor, default=1.0,
         help="Weight of the rival in the loss. Below 1 it is pushed away less than the winner is learned.")
     add("--sft_weight", type=factor, default=0.0,
@@ -723,12 +723,12 @@ def add_pipeline_arguments(parser):
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
         "are velocity errors. These are (1 - sigma)^-2 times the noise errors of Stable Diffusion; over the drawn "
         "sigmas the median of that factor is (1 + s)^2, where s is --timestep_shift. Stable Diffusion's --beta_dpo "
-        "2000 therefore corresponds to 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 33 at 6.8. This is computed; tried "
-        "were only 500, and 50 with --unpaired, at s = 1, on the small model of examples/quickstart. "
-        "--rollout_strength is a share of the sampler's steps, not a sigma: with 20 steps, 0.7 starts at sigma 0.94, "
-        "0.5 at 0.87, 0.3 at 0.74 and 0.2 at 0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. "
-        "(Stable Diffusion's 0.7 is a sigma of 0.77.) Rivals and pictures are sampled by Euler steps, as in the "
-        "pipeline.",
+        "2000 therefore corresponds to about 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 33 at 6.8. (By the mean errors "
+        "of an ideal model of Gaussian data: 570, 260, 110.) This is computed; tried were only 500, and 50 with "
+        "--unpaired, at s = 1, on the small model of examples/quickstart. --rollout_strength is a share of the "
+        "sampler's steps, not a sigma: with 20 steps, 0.7 starts at sigma 0.94, 0.5 at 0.87, 0.3 at 0.74 and 0.2 at "
+        "0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. (Stable Diffusion's 0.7 is a sigma of "
+        "0.77.) Rivals and pictures are sampled by Euler steps, as in the pipeline.",
     ).add_argument
     add(
         "--timestep_shift",

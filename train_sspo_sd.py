@@ -32,7 +32,7 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
 
 The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
 first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. The defaults follow the paper where it states them
+good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
 (docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
 
     accelerate launch train_sspo_sd.py \
@@ -166,7 +166,7 @@ class ReplayBank:
     Args:
         directory: where the entries are, as safetensors.
         size: entries to draw from, the base included.
-        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (as DITTO).
+        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (DITTO-like).
         seed: of the draws.
     """
 
@@ -349,9 +349,9 @@ def sspo_loss(
     is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
 
     `unpaired` gives each half a term of its own: -log sigmoid(-beta/2 * gap_w) - w * log sigmoid(s * beta/2 * gap_r)
-    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). In the
-    paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap is large, even if
-    the winner has got worse by then (arXiv 2512.07175). Here such a winner is still learned, and a rival that is far
+    with w = rival_weight, the second dropped where s = 0; with s = +1 it has the form of DDO's loss (arXiv
+    2503.01103). In the paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap
+    is large, even if the winner has got worse by then. Here such a winner is still learned, and a rival that is far
     away is no longer pushed. At the first update both forms have the same gradient; this loss is (1 + w) ln 2.
 
     Args:
@@ -359,7 +359,7 @@ def sspo_loss(
             each (batch,) or (batch, draws). Only the policy's carry gradients.
         beta: the strength of the pull to the reference.
         ssr: sign, indicator or none.
-        rival_weight: factor on s * gap_r; 1 in the paper.
+        rival_weight: factor on s * gap_r, or on the rival's term; 1 in the paper.
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
         unpaired: whether each half has its own log-sigmoid.
     Returns:
@@ -497,7 +497,7 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).")
     add("--unpaired", action="store_true",
         help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
-        "learned where the rival is far away. Use about a tenth of the usual --beta_dpo.")
+        "learned where the rival is far away. --beta_dpo has to be tuned with it.")
     add("--rival_weight", type=factor, default=1.0,
         help="Weight of the rival in the loss. Below 1 it is pushed away less than the winner is learned.")
     add("--sft_weight", type=factor, default=0.0,
@@ -691,7 +691,10 @@ def add_pipeline_arguments(parser):
 def add_unet_arguments(parser):
     """Adds the flags of the scripts whose model is a UNet with a schedule of betas."""
     add = parser.add_argument_group("UNet").add_argument
-    prediction = "What the model predicts, where its scheduler's configuration is wrong or silent."
+    prediction = (
+        "What the model predicts, where its scheduler's configuration is wrong or silent. Errors of velocities "
+    )
+    prediction += "are larger than those of noise: --beta_dpo 2000 for noise corresponds to about 550 for them."
     add("--prediction_type", choices=["epsilon", "v_prediction"], help=prediction)
     samplers = ["dpmsolver", "ddim"]
     add("--rollout_scheduler", choices=samplers, default="dpmsolver", help="The sampler of rivals and pictures.")

@@ -33,7 +33,7 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
 
 The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
 first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. The defaults follow the paper where it states them
+good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
 (docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
 
 What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
@@ -44,14 +44,15 @@ loader, at the model's frame rate. A prompt is at most 512 tokens of 4096 number
 tokens that a caption has, and the text encoder (10.6 GiB in bf16) leaves the accelerator before the transformer is
 moved there. Image-to-video models and Wan 2.2 A14B, which has two transformers, are refused.
 
-If winners are real clips, try a --rollout_strength below 1: rivals sampled from pure noise may be too easy to tell
-from them (arXiv 2506.03517, appendix C.4). implicit_accuracy is then near 1 from the start.
+If winners are real clips, watch implicit_accuracy: in arXiv 2506.03517 (appendix C.4) DPO of real videos against
+samples brought it near 1 within 500 steps, and no better model. --rollout_strength makes rivals more like winners;
+whether that helps is not known.
 
     accelerate launch train_sspo_wan.py \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --train_data_dir path/to/clips --ssr none --rival_weight 0.3 --draws_per_pair 4 \
         --mixed_precision bf16 --cache_latents --gradient_checkpointing \
-        --train_batch_size 1 --gradient_accumulation_steps 16 --rollout_batch_size 1 --rollout_strength 0.5 \
+        --train_batch_size 1 --gradient_accumulation_steps 16 --rollout_batch_size 1 \
         --learning_rate 1e-4 --validation_prompts "a rose opens, time-lapse" --output_dir sspo-wan
 """
 
@@ -186,7 +187,7 @@ class ReplayBank:
     Args:
         directory: where the entries are, as safetensors.
         size: entries to draw from, the base included.
-        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (as DITTO).
+        reference: random (uniform over the entries: SSPO), latest (as SPIN-Diffusion) or initial (DITTO-like).
         seed: of the draws.
     """
 
@@ -376,9 +377,9 @@ def sspo_loss(
     is that of Diffusion-DPO (arXiv 2311.12908). With draws, x is their mean and s is one decision for the pair.
 
     `unpaired` gives each half a term of its own: -log sigmoid(-beta/2 * gap_w) - w * log sigmoid(s * beta/2 * gap_r)
-    with w = rival_weight, the second dropped where s = 0; with s = +1 it is DDO's loss (arXiv 2503.01103). In the
-    paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap is large, even if
-    the winner has got worse by then (arXiv 2512.07175). Here such a winner is still learned, and a rival that is far
+    with w = rival_weight, the second dropped where s = 0; with s = +1 it has the form of DDO's loss (arXiv
+    2503.01103). In the paired loss one sigmoid weights the gradients of both halves. It vanishes where the rival's gap
+    is large, even if the winner has got worse by then. Here such a winner is still learned, and a rival that is far
     away is no longer pushed. At the first update both forms have the same gradient; this loss is (1 + w) ln 2.
 
     Args:
@@ -386,7 +387,7 @@ def sspo_loss(
             each (batch,) or (batch, draws). Only the policy's carry gradients.
         beta: the strength of the pull to the reference.
         ssr: sign, indicator or none.
-        rival_weight: factor on s * gap_r; 1 in the paper.
+        rival_weight: factor on s * gap_r, or on the rival's term; 1 in the paper.
         sft_weight: adds sft_weight * policy_winner; 0 in the paper.
         unpaired: whether each half has its own log-sigmoid.
     Returns:
@@ -528,7 +529,7 @@ def add_shared_arguments(parser):
         "0 (indicator: only the winner is) or +1 (none: no switch).")
     add("--unpaired", action="store_true",
         help="Winner and rival each have a log-sigmoid of their own (see sspo_loss), so that the winner is still "
-        "learned where the rival is far away. Use about a tenth of the usual --beta_dpo.")
+        "learned where the rival is far away. --beta_dpo has to be tuned with it.")
     add("--rival_weight", type=factor, default=1.0,
         help="Weight of the rival in the loss. Below 1 it is pushed away less than the winner is learned.")
     add("--sft_weight", type=factor, default=0.0,
@@ -727,11 +728,11 @@ def add_pipeline_arguments(parser):
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
         "are velocity errors. These are (1 - sigma)^-2 times the noise errors of Stable Diffusion; over the drawn "
         "sigmas the median of that factor is (1 + s)^2, where s is --timestep_shift. Stable Diffusion's --beta_dpo "
-        "2000 therefore corresponds to 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 56 at 5. This is computed; tried was "
-        "only 500 at s = 1, on the small model of examples/quickstart. --rollout_strength is a share of the sampler's "
-        "steps, not a sigma: with 20 steps of UniPC, 0.7 starts at sigma 0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at "
-        "0.43 with a flow shift of 3, and at 0.92, 0.83, 0.68 and 0.56 with one of 5. (Stable Diffusion's 0.7 is a "
-        "sigma of 0.77.)",
+        "2000 therefore corresponds to about 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 56 at 5. (By the mean errors "
+        "of an ideal model of Gaussian data: 570, 260, 160.) This is computed; tried was only 500 at s = 1, on the "
+        "small model of examples/quickstart. --rollout_strength is a share of the sampler's steps, not a sigma: with "
+        "20 steps of UniPC, 0.7 starts at sigma 0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at 0.43 with a flow shift of "
+        "3, and at 0.92, 0.83, 0.68 and 0.56 with one of 5. (Stable Diffusion's 0.7 is a sigma of 0.77.)",
     ).add_argument
     add(
         "--timestep_shift",

@@ -385,7 +385,7 @@ def stages():
 
 
 def hinge_loss(policy_winner, policy_rival, reference_winner, reference_rival, *_, margin):
-    """Diffusion-DRO's (arXiv 2510.18353): max(0, margin + gap_w - gap_r), in place of sspo_loss."""
+    """The loss of Diffusion-DRO (arXiv 2510.18353), max(0, margin + gap_w - gap_r), on what sspo_loss is given."""
     gap_winner, gap_rival = policy_winner - reference_winner, policy_rival - reference_rival
     loss = (margin + gap_winner - gap_rival).clamp(min=0).mean()
     return loss, {"gap/winner": gap_winner.detach().mean(), "gap/rival": gap_rival.detach().mean()}
