@@ -46,6 +46,7 @@ def test_adapters_are_switched_without_a_search(each, monkeypatch):
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "disable_adapters", searches)
     monkeypatch.setattr(diffusers.UNetMotionModel, "disable_adapters", searches)
     monkeypatch.setattr(diffusers.Flux2Transformer2DModel, "disable_adapters", searches)
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "disable_adapters", searches)
     run = each(max_train_steps=1)
     assert run.column("gap/winner") == run.column("gap/rival") == [0], "the reference is the base"
 

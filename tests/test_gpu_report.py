@@ -180,18 +180,25 @@ def test_more_minutes_are_more_for_each_item_too(make):
 
 
 def test_the_computed_peaks_are_those_of_the_memory_page():
+    """Each in the row of its own flags, where the page has one."""
     sections = re.split(r"\n\*\*(.+?)\*\*, ", (ROOT / "docs" / "memory.md").read_text())
     peaks = {}
     for heading, table in zip(sections[1::2], sections[2::2]):
-        peaks[heading] = {line.split(" | ")[5] for line in table.splitlines() if line.startswith("| ")}
-    headings = {
-        "sd": "Stable Diffusion 1.5, 512²",
-        "sdxl": "Stable Diffusion XL, 1024²",
-        "video": "AnimateDiff, 16 frames of 256²",
-        "flux2": "FLUX.2 [klein] base 4B, 512²",
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+        peaks[heading.split(",")[0], heading.split(",")[1].strip()] = {row[0].strip("`"): row[5] for row in rows}
+    sd, checkpointed = peaks["Stable Diffusion 1.5", "512²"], "--gradient_checkpointing"
+    assert str(report.SCRIPTS["sd"]["runs"][0][2]) == sd["nothing else"]
+    assert {flag: str(peak) for flag, peak in report.FULL_PEAKS.items()} == {
+        "": sd[f"--train_mode full {checkpointed}"],
+        "--use_8bit_adam": sd[f"--train_mode full {checkpointed} --use_8bit_adam"],
     }
-    for kind, heading in headings.items():
-        assert {str(computed) for _, _, computed in report.SCRIPTS[kind]["runs"]} <= peaks[heading]
+    assert str(report.SCRIPTS["sdxl"]["runs"][0][2]) == peaks["Stable Diffusion XL", "1024²"][checkpointed]
+    clips = peaks["AnimateDiff", "16 frames of 256²"]
+    assert [str(computed) for _, _, computed in report.SCRIPTS["video"]["runs"]] == [
+        clips[checkpointed],
+        clips[f"{checkpointed} --split_pairs"],
+    ]
+    assert str(report.SCRIPTS["flux2"]["runs"][0][2]) == peaks["FLUX.2 [klein] base 4B", "512²"][checkpointed]
 
 
 @long
@@ -291,21 +298,56 @@ def test_attention_that_rounds_otherwise_with_gradients_is_told(told, monkeypatc
     assert {name for name, (_, passed) in told.items() if not passed} == {name for name in told if ", 160, " in name}
 
 
-@pytest.mark.parametrize("own, off, right", [(1e-4, 2e-4, True), (1e-5, 1e-3, False), (0, 0, True), (0, 1e-6, False)])
-def test_a_resumed_run_is_held_to_what_chance_does(told, monkeypatch, own, off, right):
-    """Two runs of one kind differ on a GPU; one that was resumed may differ as they do, and no more."""
-    ends = iter([0, None, off, own])  # whole, stopped, resumed, once more
+@pytest.mark.parametrize(
+    "own, off, right",
+    [((1e-4, 0), 2e-4, True), ((1e-5, 1e-6), 1e-3, False), ((0, 0), 0, True), ((0, 0), 1e-6, False)],
+)
+def test_a_resumed_run_is_held_to_what_chance_does(told, monkeypatch, tmp_path, own, off, right):
+    """Runs of one kind differ on a GPU; one that was resumed may differ as they do, and no more."""
+    ends = iter([0, None, off, *own])  # whole, stopped, resumed, again, once more
+    state = {"state": {0: {"__bnb_optimizer_quant_state__": {"state1": torch.zeros(2, dtype=torch.uint8)}}}}
+    (tmp_path / "checkpoint-2").mkdir()
+    torch.save(state, tmp_path / "checkpoint-2" / "optimizer.bin")
 
     def run(*_, **__):
         if (end := next(ends)) is None:
             sys.exit(128 + signal.SIGTERM)
         metrics = {"loss": 0, "gap/winner": 0, "gap/rival": 0, "dpo_fraction": 1, "grad_norm": 1}
         weights = {"lora_B": torch.tensor([1e-2, 5e-3 + end], dtype=torch.float64)}
-        return SimpleNamespace(metrics=[metrics], weights=weights, scales=[1])
+        return SimpleNamespace(metrics=[metrics], weights=weights, scales=[1], path=tmp_path)
 
     monkeypatch.setattr(report, "Run", run)
     report.runs(None, small=True)
     assert told["sd: resumed against not stopped"][1] is right
+    assert told["sd: the optimizer's states"] == ("uint8", True)
+
+
+def test_a_failure_does_not_end_an_item_that_has_more_to_ask(told, monkeypatch, tmp_path):
+    """On a card of 16 GB AdamW does not fit, and 8-bit Adam does; a package that does not load is a failure."""
+
+    def run(kind, folder, words, **_):
+        if "--use_8bit_adam" not in words:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        raise OSError("bitsandbytes does not load")
+
+    monkeypatch.setattr(report, "Run", run)
+    report.full(tmp_path, small=True)
+    ends = [passed for _, passed in told.values()]
+    assert ends == [None, None, False] and "does not load" in [*told.values()][2][0]
+
+
+def test_an_illegal_access_is_told_and_no_more_is_asked(told, monkeypatch):
+    """The device computes nothing any more then: emptying the cache raises too."""
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(report, "on_gpu", lambda: True)
+    monkeypatch.setattr(report, "off_halves", fails)
+    monkeypatch.setattr(report, "computes", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    report.rows(None, small=True)
+    assert len(told) == 2 and told["the rest"][0].startswith("not run")
 
 
 def test_a_card_without_bf16_is_asked_for_fp16_alone(told, monkeypatch, tmp_path):

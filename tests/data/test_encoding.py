@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from helpers import EVERY, SCRIPTS, WAN, flags, with_every
+from helpers import EVERY, SCRIPTS, WAN, flags, forget_result, with_every
 from safetensors.torch import load_file, save_file
 
 
@@ -214,6 +214,13 @@ DEPENDS_ON = {  # what cached rows do, each flag with another value than it has
     "flux2": dict(PICTURE, max_sequence_length=100),
     "wan": dict(CLIP, height=64, width=64, fps=24),
 }
+
+
+def test_another_base_does_not_train_on_the_latents_that_one_left(train, tmp_path):
+    options = dict(cache_latents=True, max_train_steps=1)
+    forget_result(train("run", **options))
+    other = dict(options, model=tiny.stable_diffusion(tmp_path / "other", seed=1))
+    assert train("run", **other).column("mse/policy_winner") == train("fresh", **other).column("mse/policy_winner")
 
 
 @pytest.mark.parametrize("kind", EVERY)

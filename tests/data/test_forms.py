@@ -246,6 +246,27 @@ def test_tables_of_a_training_split_are_taken_or_else_all(tmp_path, files, count
     assert len(open_winners(SCRIPTS["sd"], tmp_path, tmp_path / "data")) == count
 
 
+def test_the_training_split_of_a_saved_dictionary_is_taken(tmp_path):
+    script, table = SCRIPTS["sd"], as_table("sd")
+    datasets.DatasetDict({"test": table.select([0]), "train": table}).save_to_disk(tmp_path / "both")
+    assert len(open_winners(script, tmp_path, tmp_path / "both")) == COUNT
+    datasets.DatasetDict({"a": table, "b": table}).save_to_disk(tmp_path / "neither")
+    with pytest.raises(script.UserError, match="no split called train, only a, b"):
+        open_winners(script, tmp_path, tmp_path / "neither")
+
+
+def test_files_that_a_folders_card_names_are_taken_alone(tmp_path):
+    """As a copy of a data set of the hub has it."""
+    place = tmp_path / "set"
+    for name in ("one", "two"):
+        (place / name).mkdir(parents=True)
+        content = {"image": [encoded("sd", "a red circle")], "text": [name]}
+        datasets.Dataset.from_dict(content).to_parquet(place / name / "0.parquet")
+    (place / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: one/*.parquet\n---\n")
+    winners = open_winners(SCRIPTS["sd"], tmp_path, place)
+    assert [example["caption"] for example in served(winners, 2)] == ["one", "one"]
+
+
 def test_a_folder_of_splits_gives_the_training_split(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         tiny.folder_of_winners(tmp_path / "data" / split, count)

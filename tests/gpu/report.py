@@ -75,6 +75,7 @@ SCRIPTS = {
     ),
 }
 FULL = "--train_mode full --gradient_checkpointing --gradient_accumulation_steps 2 --rollout_batch_size 2"
+FULL_PEAKS = {"": 19.2, "--use_8bit_adam": 13.3}  # GiB, as docs/memory.md computes them
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Run:
         script = importlib.import_module(f"train_sspo_{kind}")
         self.path, self.scales, self.weights = Path(folder, f"{kind}-{name}"), [], {}
         words = [*inputs(kind, Path(folder), real), *flags.split(), "--report_to", "none"]
-        args = script.parse_args([*words, "--output_dir", str(self.path)])
+        args = script.parse_args([*words, "--output_dir", str(self.path), "--cache_dir", str(Path(folder, "cache"))])
         load, check, write = script.load_models, script.check_finite, script.write_result
 
         def load_models(args, dtype):
@@ -252,6 +253,26 @@ def no_room(error):
     return re.search("out of memory|unable to find an engine|_ALLOC_FAILED", str(error))
 
 
+@contextlib.contextmanager
+def a_failure_told_as(name):
+    """What goes wrong within is one row of the report, and the item goes on; that the memory is full is no failure."""
+    import torch
+
+    try:
+        yield
+    except Exception as error:  # SystemExit, by which a run says that it was stopped, is none
+        room = no_room(error)
+        tell(
+            name,
+            f"skipped, it does not fit the memory: {str(error)[:60]}" if room else one_line(error),
+            None if room else False,
+        )
+    gc.collect()
+    if on_gpu():
+        with contextlib.suppress(RuntimeError):  # after an illegal access this too raises
+            torch.cuda.empty_cache()
+
+
 def computes():
     """Whether the device still does: after some errors nothing runs any more in this process."""
     import torch
@@ -289,7 +310,8 @@ def versions(folder, small):
     commit = ["git", "-C", str(ROOT), "log", "-1", "--format=%h of %as"]
     for name, command in {"driver, power limit": nvidia, "commit": commit}.items():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            tell(name, subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+            tell(name, told[0])  # of several cards, that of the first
     tell("system", f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPU cores")
     tell("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
     packages = "torch diffusers transformers accelerate datasets peft bitsandbytes xformers triton"
@@ -307,8 +329,9 @@ def gap(folder, small):
         for precision in precisions(kind, small):
             for flags in ("", "--gradient_checkpointing --split_pairs", "--train_mode full")[: 1 if small else 3]:
                 words = f"--mixed_precision {precision} --max_train_steps 1 --train_batch_size 2 {flags}"
-                run = Run(kind, folder, f"{words} --rollout_steps 2", name=f"{precision}{flags}".replace(" ", ""))
-                tell_first_update(f"{kind} {precision} {flags}", run.metrics[0])
+                with a_failure_told_as(f"{kind} {precision} {flags}"):
+                    run = Run(kind, folder, f"{words} --rollout_steps 2", name=f"{precision}{flags}".replace(" ", ""))
+                    tell_first_update(f"{kind} {precision} {flags}", run.metrics[0])
 
 
 def attention(folder, small):
@@ -327,16 +350,15 @@ def attention(folder, small):
         "FLUX.2": (None, [(2, 24, 1536, 128)]),
         "Wan 2.1": (512, [(2, 12, 14040, 128)]),
     }
+    dtypes = [torch.float16, *([torch.bfloat16] if small or "bf16" in precisions("sd", small) else [])]
     for model, (prompt, shapes) in cases.items():
         for count, heads, queries, size in shapes:
             for keys in [queries, prompt] if prompt else [queries]:
                 place, most = f"{model}, {count}, {heads}, {queries} x {keys}, {size}", 16 if small else math.inf
                 made = [[min(most, number) for number in (count, length)] for length in (queries, keys, keys)]
-                for dtype in (torch.float16, torch.bfloat16):
-                    try:
+                for dtype in dtypes:
+                    with a_failure_told_as(f"{place}, {str(dtype)[6:]}"):
                         tell_rounding(f"{place}, {str(dtype)[6:]}", [(*one, heads, size) for one in made], dtype)
-                    except torch.OutOfMemoryError:
-                        tell(f"{place}, {str(dtype)[6:]}", "skipped, it does not fit the memory")
 
 
 def tell_rounding(place, shapes, dtype):
@@ -369,7 +391,7 @@ def rows(folder, small):
 
     counts, directions = (32768, 32769, 65535, 65536), (("forward", 65535), ("backward", 32768))
     for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH", None, "FLASH_ATTENTION"):
-        for count, (direction, most) in itertools.product(counts, directions):
+        for (direction, most), count in itertools.product(directions, counts):
             kernel = getattr(torch.nn.attention.SDPBackend, backend or "MATH")
             try:
                 with torch.nn.attention.sdpa_kernel(kernel) if backend else contextlib.nullcontext():
@@ -380,7 +402,8 @@ def rows(folder, small):
                 told, passed = one_line(error), None if no_room(error) else False
                 told = told if passed is False else f"skipped, it does not fit the memory: {told[:60]}"
                 if on_gpu():
-                    torch.cuda.empty_cache()
+                    with contextlib.suppress(RuntimeError):  # after an illegal access this too raises
+                        torch.cuda.empty_cache()
             needed = backend is None and count <= most
             tell(f"{backend or 'default'}, {count} rows, {direction}", told, passed if passed or needed else None)
             if not computes():
@@ -410,37 +433,46 @@ def off_halves(count, backward):
 def runs(folder, small):
     """
     Tiny runs of every script with all that a device can break: one stopped by SIGTERM and resumed against one that was
-    not, which is made twice, since a GPU's sums may hang on chance, and an optimizer makes more of their signs.
+    not, which is made three times, since a GPU's sums may hang on chance, and an optimizer makes more of their signs.
     """
+    for kind in measurable(small)[: 1 if small else None]:
+        with a_failure_told_as(f"{kind}: to the end"):
+            stop_and_resume(kind, folder, small)
+
+
+def stop_and_resume(kind, folder, small):
     import torch
 
-    for kind in measurable(small)[: 1 if small else None]:
-        words = f"--mixed_precision {half(kind, small)} --max_train_steps 4 --train_batch_size 2"
-        words += " --rollout_steps 2 --replay_steps 2 --reference latest --cache_latents --gradient_checkpointing"
-        words += " --proportion_empty_prompts 0.5 --validation_prompts fox --validation_steps 4 --use_8bit_adam"
-        whole = Run(kind, folder, words, name="whole")
-        tell_first_update(f"{kind}: first update", whole.metrics[0])
-        write = importlib.import_module(f"train_sspo_{kind}").write_metrics
+    words = f"--mixed_precision {half(kind, small)} --max_train_steps 4 --train_batch_size 2"
+    words += " --rollout_steps 2 --replay_steps 2 --reference latest --cache_latents --gradient_checkpointing"
+    words += " --proportion_empty_prompts 0.5 --validation_prompts fox --validation_steps 4"
+    words += " --use_8bit_adam --rank 512"  # of fewer than 4096 elements bitsandbytes keeps states in 32 bits
+    whole = Run(kind, folder, words, name="whole")
+    tell_first_update(f"{kind}: first update", whole.metrics[0])
+    write = importlib.import_module(f"train_sspo_{kind}").write_metrics
 
-        def stop(args, metrics, write=write):
-            write(args, metrics)
-            if metrics["step"] == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def stop(args, metrics):
+        write(args, metrics)
+        if metrics["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        status = None
-        try:
-            Run(kind, folder, words, name="part", changes=dict(write_metrics=stop))
-        except SystemExit as stopped:
-            status = stopped.code
-        tell(f"{kind}: status after SIGTERM", status, status == 128 + signal.SIGTERM)
-        part = Run(kind, folder, f"{words} --resume_from_checkpoint latest", name="part")
-        own, off = (apart(whole, run) for run in (Run(kind, folder, words, name="again"), part))
-        moved = max(weight.abs().max().item() for name, weight in whole.weights.items() if "lora_B" in name)
-        told = f"weights of up to {moved:.1e} differ by {off:.1e} at most; of two that were not stopped by {own:.1e}"
-        tell(f"{kind}: resumed against not stopped", told, off <= 3 * own)
-        skipped = sum(line["grad_norm"] is None for line in whole.metrics)
-        tell(f"{kind}: updates skipped, scale", f"{skipped} of 4, {whole.scales[0]:g}", skipped == 0)
-        torch.cuda.empty_cache() if on_gpu() else None
+    status = None
+    try:
+        Run(kind, folder, words, name="part", changes=dict(write_metrics=stop))
+    except SystemExit as stopped:
+        status = stopped.code
+    tell(f"{kind}: status after SIGTERM", status, status == 128 + signal.SIGTERM)
+    part = Run(kind, folder, f"{words} --resume_from_checkpoint latest", name="part")
+    again = [Run(kind, folder, words, name=name) for name in ("again", "once more")]
+    own, off = max(apart(whole, run) for run in again), apart(whole, part)
+    moved = max(weight.abs().max().item() for name, weight in whole.weights.items() if "lora_B" in name)
+    told = f"weights of up to {moved:.1e} differ by {off:.1e} at most; of those that were not stopped by {own:.1e}"
+    tell(f"{kind}: resumed against not stopped", told, off <= 3 * own)
+    state = torch.load(part.path / "checkpoint-2" / "optimizer.bin", map_location="cpu", weights_only=True)["state"]
+    kept = {str(one["__bnb_optimizer_quant_state__"]["state1"].dtype)[6:] for one in state.values()}
+    tell(f"{kind}: the optimizer's states", ", ".join(sorted(kept)), "uint8" in kept)
+    skipped = sum(line["grad_norm"] is None for line in whole.metrics)
+    tell(f"{kind}: updates skipped, scale", f"{skipped} of 4, {whole.scales[0]:g}", skipped == 0)
 
 
 def apart(one, other):
@@ -456,7 +488,8 @@ def real(folder, small, kind):
         words = f"--mixed_precision {half(kind, small)} --cache_latents --train_batch_size 1 --validation_prompts fox "
         words += f"--max_train_steps {1 if small else updates} {flags}"
         words += f" --rollout_steps 2 {SCRIPTS[kind]['tiny'][1]}" if small else ""
-        tell_run(Run(kind, folder, words, real=not small, name=f"real{number}"), flags, computed)
+        with a_failure_told_as(f"`{flags}`"):
+            tell_run(Run(kind, folder, words, real=not small, name=f"real{number}"), flags, computed)
 
 
 def tell_run(run, flags, computed):
@@ -586,13 +619,14 @@ def full(folder, small):
         return optimizer, schedule
 
     changes = dict(make_optimizer=one_at_a_time)
-    cases = [("", {}, 19.2), ("", changes, None), ("--use_8bit_adam", {}, 13.3)]
+    cases = [("", {}, FULL_PEAKS[""]), ("", changes, None), ("--use_8bit_adam", {}, FULL_PEAKS["--use_8bit_adam"])]
     for number, (flags, changes, computed) in enumerate(cases):
         words = f"--mixed_precision {half('sd', small)} --cache_latents --train_batch_size 1 {FULL} {flags} "
         words += "--max_train_steps 2 --validation_prompts fox --rollout_steps 2"
         words += f" {SCRIPTS['sd']['tiny'][1]}" if small else ""
-        run = Run("sd", folder, words, real=not small, changes=changes, name=f"full{number}")
-        tell_run(run, f"{FULL} {flags}{', and foreach=False' if changes else ''}", computed)
+        named = f"{FULL} {flags}{', and foreach=False' if changes else ''}"
+        with a_failure_told_as(f"`{named}`"):
+            tell_run(Run("sd", folder, words, real=not small, changes=changes, name=f"full{number}"), named, computed)
 
 
 def sync(folder, small):
@@ -605,7 +639,8 @@ def sync(folder, small):
             if on_gpu():
                 torch.cuda.set_sync_debug_mode("warn")
             words = f"--mixed_precision {half(kind, small)} --max_train_steps 2"
-            Run(kind, folder, f"{words} --train_batch_size 2 --rollout_steps 2")
+            with a_failure_told_as(f"{kind}: to the end"):
+                Run(kind, folder, f"{words} --train_batch_size 2 --rollout_steps 2")
             if on_gpu():
                 torch.cuda.set_sync_debug_mode("default")
         places = [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]

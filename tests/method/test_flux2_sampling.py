@@ -207,6 +207,9 @@ def test_statistics_stay_in_fp32_where_the_rest_is_in_half(load):
     _, models = load(dtype=torch.bfloat16)
     _, exact = load()
     assert models.text_encoder.dtype == models.denoiser.dtype == torch.bfloat16
+    assert load(dtype=torch.bfloat16, train_mode="full")[1].denoiser.dtype == torch.float32, (
+        "or small updates are lost"
+    )
     for ours, theirs in zip(script.latent_statistics(models.vae), script.latent_statistics(exact.vae)):
         assert torch.equal(ours, theirs)
 

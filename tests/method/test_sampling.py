@@ -224,6 +224,16 @@ def test_in_half_precision_rivals_are_the_stock_pipelines_to_the_bit(trains, loa
     assert run.column("reference/index") == [0, 1, 2]
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_long_caption_is_cut_as_in_the_stock_pipeline(load, kind):
+    args, models = load(SCRIPTS[kind])
+    (row,) = SCRIPTS[kind].encode_prompt(models, ["a red circle " * 40])
+    theirs = stock(kind, args).encode_prompt(
+        "a red circle " * 40, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(row["prompt_embeds"][None], theirs[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind, name", [("sd", "sd"), ("sdxl", "sdxl"), ("sdxl", "sdxl_words"), ("video", "video")])
 def test_dropped_caption_is_what_guidance_runs_without(request, trains, load, monkeypatch, kind, name):
     """

@@ -56,6 +56,17 @@ def resume(train, monkeypatch):
     return resume
 
 
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    """By their names 1000 would come before 57, `latest` would be 57, and a limit would delete the newest."""
+    for made in (57, 100, 1000, 200):
+        (tmp_path / f"checkpoint-{made}").mkdir()
+    (tmp_path / "checkpoint-2000.partial").mkdir()
+    assert list(script.list_checkpoints(tmp_path)) == [57, 100, 200, 1000]
+    args = SimpleNamespace(resume_from_checkpoint="latest", output_dir=tmp_path)
+    (tmp_path / "checkpoint-1000" / "run.json").write_text('{"step": 1000}')
+    assert script.find_checkpoint(args) == (tmp_path / "checkpoint-1000", {"step": 1000})
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 

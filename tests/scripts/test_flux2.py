@@ -145,6 +145,7 @@ def test_full_result_is_a_whole_pipeline(train, flux2, draw):
     assert torch.equal(pipeline.vae.bn.running_var, base.vae.bn.running_var)
     pushed = load_file(run.path / "replay" / "iteration-2.safetensors")
     assert all(torch.equal(weight, pushed[name]) for name, weight in pipeline.transformer.named_parameters())
+    assert f'from_pretrained("{run.path.name}"' in (run.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def test_defaults(kind, resolution, guidance):
     assert (args.rollout_steps, args.rollout_guidance_scale, args.rollout_scheduler) == (20, 1, "dpmsolver")
     assert (args.rollout_strength, args.draws_per_pair, args.rival_weight, args.sft_weight) == (1, 1, 1, 0)
     assert (args.rank, args.lora_alpha, args.learning_rate, args.optimizer, args.seed) == (8, 8, 1e-5, "adamw", 0)
+    batch = (args.train_batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.lr_warmup_steps)
+    assert batch == (4, 1, 1.0, 0)
+    assert (args.checkpointing_steps, args.validation_steps, args.lr_scheduler) == (100, 50, "constant")
+    adam = (args.adam_beta1, args.adam_beta2, args.adam_weight_decay, args.adam_epsilon)
+    assert adam == (0.9, 0.999, 1e-2, 1e-8)
     if kind == "video":
         assert (args.num_frames, args.frame_stride) == (16, 4)
 
@@ -209,13 +214,13 @@ def test_what_the_result_lacks_is_known_before_it_is_trained(sd, tmp_path, part)
     assert load("sd", tmp_path / "pruned").denoiser is not None
 
 
-@with_shared_code
-def test_a_tokenizer_without_its_files_is_refused(each, tmp_path):
+@pytest.mark.parametrize(
+    "each, part", [*((kind, "tokenizer") for kind in EVERY), ("sdxl", "tokenizer_2")], indirect=["each"]
+)
+def test_a_tokenizer_without_its_files_is_refused(each, tmp_path, part):
     """transformers makes an empty one then, and each caption would be a row of unknown words."""
     shutil.copytree(each.base(), tmp_path / "base")
-    for file in (tmp_path / "base" / "tokenizer").glob("[!t]*"):
-        file.unlink()
-    (tmp_path / "base" / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "base" / part / "tokenizer.json").unlink()
     with pytest.raises(each.script.UserError, match="base cannot be loaded: its tokenizer knows .* are missing"):
         each(model=tmp_path / "base", max_train_steps=1)
 

@@ -91,6 +91,26 @@ def test_machines_may_have_copies_of_the_data(train):
     assert len(list(two.path.glob("cache/*"))) == 1
 
 
+def test_each_process_encodes_its_share_of_the_cache(train, tmp_path):
+    """Files of two winners: four for each of two processes, none of them twice."""
+
+    def counted(rank):
+        encode, train.script.CACHE_FILE = train.script.encode_latents, 2
+
+        def encode_latents(models, examples):
+            with open(tmp_path / "encoded", "a") as file:
+                file.write("".join(f"{example['row']}\n" for example in examples))
+            return encode(models, examples)
+
+        train.script.encode_latents = encode_latents
+
+    options = dict(LAYOUT, cache_latents=True)
+    one = train("one", train_batch_size=4, **options)
+    assert ranks_in_children(train, "two", counted, train_batch_size=2, **options) == [0, 0]
+    assert sorted((tmp_path / "encoded").read_text().split()) == [str(row) for row in range(8)]
+    assert_same_but_for_rounding(one, Run(train.directory / "two"))
+
+
 def test_all_processes_resume_from_the_main_ones_checkpoint(train):
     """Another machine may be shown the folder as it was half a minute ago."""
 

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from faults import run_of_two
 from helpers import (
     EVERY,
     assert_same_but_for_rounding,
@@ -145,6 +146,14 @@ def test_kept_rivals_do_not_depend_on_the_layout(train):
     one = train("one", train_batch_size=4, **options)
     parts = dict(train_batch_size=1, gradient_accumulation_steps=4)
     assert_same_but_for_rounding(one, train("parts", rollout_batch_size=2, **parts, **options))
+
+
+def test_processes_keep_rivals_of_their_own(train):
+    """To resume bit for bit: one of another's was sampled in another batch."""
+    options = dict(KEPT, max_train_steps=6, replay_steps=2, adam_epsilon=1e-5)
+    one, two = train("one", train_batch_size=4, **options), run_of_two(train, "two", train_batch_size=2, **options)
+    assert_same_but_for_rounding(one, two)
+    assert {path.name for path in two.path.glob("replay/iteration-*/rank-*")} == {"rank-0", "rank-1"}
 
 
 def test_a_new_run_does_not_take_rivals_that_another_left(train):
