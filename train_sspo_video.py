@@ -756,11 +756,12 @@ def add_pipeline_arguments(parser):
 def add_unet_arguments(parser):
     """Adds the flags of the scripts whose model is a UNet with a schedule of betas."""
     add = parser.add_argument_group("UNet").add_argument
-    prediction = (
-        "What the model predicts, where its scheduler's configuration is wrong or silent. Errors of velocities "
+    add(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        help="What the model predicts, where its scheduler's configuration is wrong or silent. Errors of velocities "
+        "are larger than those of noise: --beta_dpo 2000 for noise corresponds to about 550 for them.",
     )
-    prediction += "are larger than those of noise: --beta_dpo 2000 for noise corresponds to about 550 for them."
-    add("--prediction_type", choices=["epsilon", "v_prediction"], help=prediction)
     samplers = ["dpmsolver", "ddim"]
     add("--rollout_scheduler", choices=samplers, default="dpmsolver", help="The sampler of rivals and pictures.")
     xformers = "xformers in place of PyTorch's own attention, which saves memory too. CUDA only."
