@@ -17,7 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sspo-tests-")
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # which would come before it
     os.environ.pop(name, None)
-os.environ["ACCELERATE_USE_CPU"] = "1"  # bit-exactness is promised there, also on a machine that has a GPU
+# Bit-exactness is promised on the CPU: a machine's GPU is hidden, from accelerate and from what does not ask it.
+os.environ.update(ACCELERATE_USE_CPU="1", CUDA_VISIBLE_DEVICES="")
 # A shell's background job ignores SIGINT, and so would every run that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]

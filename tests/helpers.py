@@ -36,7 +36,8 @@ def quick_first(first, others):
 # For the fixture `each`, which is of the UNets' scripts without them. Shared code is so to the letter: test_copies.py.
 with_every = pytest.mark.parametrize("each", EVERY, indirect=True)
 with_shared_code = pytest.mark.parametrize("each", quick_first("sd", EVERY), indirect=True)
-ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+ENVIRONMENT = {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
 
 
 class Run:

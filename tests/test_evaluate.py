@@ -13,6 +13,7 @@ import sys
 import weakref
 from base64 import b64decode
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -456,6 +457,7 @@ def test_what_is_no_model_is_refused_in_one_line_before_anything_is_drawn(run, t
         (["--images_per_prompt", "0"], "--images_per_prompt: must be more than 0"),
         (["--lora_alpha", "-1"], "--lora_alpha: must be more than 0"),
         (["--height", "60"], "--height: must be a multiple of 8"),
+        (["--seed", "-1"], "--seed: must be at least 0"),
     ],
 )
 def test_wrong_flags_end_in_one_line(words, told, capsys):
@@ -752,6 +754,26 @@ def test_a_scorer_may_be_called_as_a_module_of_ours(tmp_path, monkeypatch):
     assert scorers.load_scorer("mine", "scorers:redness", "cpu")([red], ["x"]) == {"mine": [200]}
 
 
+def test_a_scorer_may_have_a_dataclass_with_names_for_types(tmp_path):
+    """For these dataclasses look into the module where it is registered."""
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass", "class Judge:"]
+    lines += ["    bias: float = 1.0", "def biased(pictures, prompts):", "    return [Judge().bias for _ in pictures]"]
+    (tmp_path / "judge.py").write_text("\n".join(lines))
+    found = scorers.load_scorer("mine", f"{tmp_path / 'judge.py'}:biased", "cpu")([Image.new("RGB", (8, 8))], ["x"])
+    assert found == {"mine": [1.0]}
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
+    """Pictures of what was pushed before must not be taken for those of what is there now."""
+    commits = iter(["0123", "0123", "4567"])
+    monkeypatch.setattr(evaluate.huggingface_hub, "list_repo_files", lambda path: ["pytorch_lora_weights.safetensors"])
+    info = lambda self, path: SimpleNamespace(sha=next(commits))  # noqa: E731
+    monkeypatch.setattr(evaluate.huggingface_hub.HfApi, "repo_info", info)
+    args = SimpleNamespace(motion_adapter_name_or_path=None)
+    first, same, pushed = (evaluate.find_model("run", "me/lora", args) for _ in range(3))
+    assert first == same and first != pushed
+
+
 def test_the_emoji_scorer_serves(tmp_path):
     captions = glyphs.HELD_OUT[:3]
     renders = [Image.fromarray(np.asarray(glyphs.render(caption, 4_000_000))) for caption in captions]
@@ -942,7 +964,12 @@ def test_the_table_is_made_of_what_results_hold(run, sd_v, tmp_path, capsys):
     assert "difference to the base" in printed and "intervals are too narrow" in printed, "for two prompts"
 
 
-def test_models_may_be_compared_with_another_than_the_base(run, sd_v, capsys):
+def page_data(page):
+    """What a run's page is made of."""
+    return json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_models_may_be_compared_with_another_than_the_base(run, sd_v, tmp_path, capsys):
     plain = run(model=[f"other={sd_v}"])
     capsys.readouterr()
     found = run(model=[f"other={sd_v}"], against="other")
@@ -951,6 +978,8 @@ def test_models_may_be_compared_with_another_than_the_base(run, sd_v, capsys):
     assert rows[1]["base"]["win_rate"] == pytest.approx(1 - rows[0]["other"]["win_rate"])
     assert "difference" not in rows[1]["other"]
     assert "difference to other" in capsys.readouterr().out
+    shown = page_data(tmp_path / "evaluation" / "index.html")
+    assert shown["models"][shown["against"]] == "other" and "intervals are too narrow" in shown["about"]
     with pytest.raises(SystemExit):
         run(against="another")
     assert "--against another is none of the models, which are called base" in capsys.readouterr().err
@@ -1002,6 +1031,20 @@ def browse(page, tmp_path):
         return json.loads(html.unescape(found.group(1)))
 
     return told
+
+
+def test_votes_are_of_these_pictures(tmp_path):
+    """A page made anew of other weights begins without the votes on the old ones; of the same pictures it has them."""
+    args = evaluate.parse_args(["--base", "b", "--prompts", "p", "--output_dir", str(tmp_path)])
+    args.height = args.width = 16
+    args.guidance_scale, args.clips = 7.5, False
+    samples, drawn = evaluate.make_samples(["a prompt"], args), []
+    (tmp_path / "images" / "base").mkdir(parents=True)
+    for colour in ("red", "red", "blue"):
+        evaluate.write_picture(Image.new("RGB", (16, 16), colour), tmp_path / "images" / "base" / samples[0].file, 8)
+        evaluate.write_page(samples, ["base"], {}, [], args)
+        drawn.append(page_data(tmp_path / "index.html")["drawn"])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_page_needs_no_network_and_shows_every_picture(page, browse):
@@ -1079,11 +1122,14 @@ def test_a_person_votes_blindly_with_the_keyboard(page, browse):
         let saved;
         URL.createObjectURL = blob => { saved = blob.text(); return "#blind"; };
         download();
-        return {placed: places.every(Boolean), kept: JSON.parse(localStorage.getItem(STORE)), result: text("result"),
-                progress: text("progress"), saved: JSON.parse(await saved)};
+        const before = text("result");
+        document.getElementById("tell").click();
+        return {before, placed: places.every(Boolean), kept: JSON.parse(localStorage.getItem(STORE)),
+                result: text("result"), progress: text("progress"), saved: JSON.parse(await saved)};
     """
     told = browse(VOTING + script, "blind")
     votes = told["kept"]
+    assert told["before"] == "", "the rate so far would tell which side was which"
     assert told["placed"] and told["progress"] == "5 of 40 judged"
     assert [vote["winner"] and (vote["winner"] == vote["left"]) for vote in votes] == [True, False, None, None, True]
     assert all({vote["left"], vote["right"]} == {"base", "one"} for vote in votes)

@@ -633,7 +633,9 @@ def line_batch(bench):
 
 
 def line_processes(bench):
-    """Real launches, one after the other: the first update warms up."""
+    """Real launches, one after the other: the first update warms up. On GPUs it takes two of them."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        return print("processes: not run, there is one GPU")
     updates, times, environment = 1 + bench.rounds(4), {}, dict(os.environ)
     if not torch.cuda.is_available():
         environment.update(ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")

@@ -126,6 +126,7 @@ from tqdm.auto import tqdm
 BASE = "base"  # what the base is called among the models
 LOWER_IS_BETTER = ("lpips", "fvd")
 FEW = 30  # prompts, of which a percentile bootstrap tells too little
+TOO_FEW = f"With fewer than {FEW} prompts the intervals are too narrow."
 # The noise schedule of AnimateDiff's motion adapters, whatever their image model was trained with.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
@@ -287,6 +288,13 @@ def positive(kind):
 count = positive(int)
 
 
+def natural(text):
+    """An argparse type: an integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return int(text)
+
+
 def side(text):
     """An argparse type: a side of a picture in pixels."""
     value = count(text)
@@ -336,7 +344,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--images_per_prompt", type=count, default=1, help="Pictures per prompt and model.")
-    group.add_argument("--seed", type=int, default=0, help="Seed of the pictures' noise and of the bootstrap.")
+    group.add_argument("--seed", type=natural, default=0, help="Seed of the pictures' noise and of the bootstrap.")
     group.add_argument("--num_inference_steps", type=count, default=20, help="Sampler steps.")
     group.add_argument(
         "--guidance_scale",
@@ -600,13 +608,14 @@ def find_model(name, path, args):
             raise UserError(f"{told} is not a folder, nor a .safetensors file")
         return Model(name, path, "weights", fingerprint([path]))
     try:
-        names = file_names(path)
+        names, here = file_names(path), Path(path).is_dir()
+        commit = None if here else huggingface_hub.HfApi().repo_info(path).sha  # it may be pushed to again
     except Exception as error:  # a name that no hub has, no network, no access
         raise UserError(f"{told} is neither a file or folder here nor on the hub: {one_line(error)}") from error
     kinds = PICTURE_KINDS if args.motion_adapter_name_or_path is None else CLIP_KINDS
     for mark, (kind, subfolder, files) in kinds.items():
         if mark in names:
-            return Model(name, path, kind, fingerprint_of(path, files), subfolder)
+            return Model(name, path, kind, fingerprint_of(path, files) if here else f"{path}@{commit}", subfolder)
     saved = sorted(file for file in names if re.fullmatch(r"checkpoint-\d+", file))
     hint = f"; it has {', '.join(saved)}, which may be named" if saved else ""
     raise UserError(f"{told} holds no model: it has none of {', '.join(kinds)}{hint}")
@@ -1053,15 +1062,20 @@ def write_page(samples, models, scores, table, args):
         f"{args.num_inference_steps} steps of {sampler}, guidance {args.guidance_scale:g}, seed {args.seed}. "
         f"Base: {args.base}."
     )
+    if table and len(samples) // args.images_per_prompt < FEW:
+        about += f" {TOO_FEW}"
     data = {
         "about": about,
         "table": text_rows(table, args) if table else [],
         "seed": args.seed,
         "models": models,
+        "against": models.index(args.against),
         "scorers": list(scores),
         "lower": [name in LOWER_IS_BETTER for name in scores],
         "samples": page_samples(samples, models, scores, args),
     }
+    drawn = "".join(picture for sample in data["samples"] for picture in sample["pictures"])
+    data["drawn"] = hashlib.sha256(drawn.encode()).hexdigest()[:16]  # by it the page tells whether votes are of these
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     start = page.index(PAGE_DATA) + len(PAGE_DATA)
     end = page.index("</script>", start)
@@ -1098,6 +1112,10 @@ def score_models(models, samples, args, device):
             if against:
                 pairs = zip(read_clips(folder, samples, args), (references.first(sample.prompt) for sample in samples))
                 values = {spec.name: np.array([metric(drawn, real) for drawn, real in pairs])}
+                if not np.isfinite(values[spec.name]).all():
+                    raise UserError(
+                        f"--scorer {spec.name} is not finite: a clip in {folder} is its real one, bit for bit"
+                    )
             else:
                 values = score_samples(scorer, folder, samples, args)
             for scorer_name, numbers in values.items():
@@ -1183,7 +1201,7 @@ def main(args):
     if table:
         print(f"\n{table_text(text_rows(table, args))}")
         if scores and len(prompts) < FEW:
-            print(f"With fewer than {FEW} prompts the intervals are too narrow.")
+            print(TOO_FEW)
     medium = "clips" if args.clips else "pictures"
     print(f"\n{len(samples)} {medium} a model. Look at {Path(args.output_dir, 'index.html')}")
 

@@ -70,8 +70,9 @@ def load_function(where):
     sys.path.insert(0, str(file.resolve().parent))  # for what it imports from beside itself
     try:
         if module.endswith(".py") or file.is_file():  # by its path: a module of the same name may be loaded already
-            spec = importlib.util.spec_from_file_location(file.stem, file)
+            spec = importlib.util.spec_from_file_location(f"scorer_of_{file.stem}", file)
             loaded = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = loaded  # where dataclasses look for their class's module
             spec.loader.exec_module(loaded)
         else:
             loaded = importlib.import_module(module)
