@@ -239,14 +239,17 @@ def tried_table(base):
     return study.report.table(["row", "settings", "weights", "seed 100", "three seeds"], lines)
 
 
-def tuned_table(base):
-    """What the tuning chose: its MMD there, and what its mean over both places gains on the start, there and later."""
+def tuned_table(base, ran):
+    """
+    What the tuning chose: its MMD there, and what its mean over both places gains on the start, there and, if they
+    `ran`, in the main runs: with some of them only, rows would differ in their seeds.
+    """
     lines, starts = [], {}
     for row in second.TUNED:
         settings, model, guidance = second.chosen(base, row)
         runs = [second.trials(base, row, seed, [dict(settings)])[0] for seed in second.TUNING]
         tuning = [second.mean_mmd(runs, model, place) for place in (1.0, guidance)]
-        main = [mean_of(base, row, place, "mmd") for place in PLACES]
+        main = [mean_of(base, row, place, "mmd") if ran else None for place in PLACES]
         lines.append([row, in_words(dict(settings)), model, f"{guidance:g}", *(f"{value:.4f}" for value in tuning)])
         for name, values in {"tuning": tuning, "main": main}.items():
             mean = None if None in values else np.mean(values)
@@ -358,7 +361,7 @@ def tables(told):
     """{marker: text} of all that appendix.md shows between markers; the main runs' are missing without a family."""
     made = {"starts": starts_table()}
     for base in study.BASES:
-        made |= {f"tried {base}": tried_table(base), f"tuned {base}": tuned_table(base)}
+        made |= {f"tried {base}": tried_table(base), f"tuned {base}": tuned_table(base, bool(told))}
     if told:
         made |= {"verdicts": table(told), "beside": beside_table(told), "leads": leads_table()}
         made |= {"degraded": degraded_table(), "mixed starts": mixed_starts()}
