@@ -1148,6 +1148,7 @@ def add_captions(dataset, folder):
         raise UserError(f"{len(missing)} of {len(texts)} {MODALITY}s have no caption beside them, first {missing[0]}")
     known = {text.resolve() for text in texts}
     others = [file for file in sorted(folder.rglob("*")) if file.suffix not in (".txt", ".npz")]  # kohya's latents
+    others = [file for file in others if not re.search(r"(^|/)(\.|__)", file.relative_to(folder).as_posix())]  # hidden
     others = [file for file in others if (text := file.with_suffix(".txt")).exists() and text.resolve() not in known]
     if others:
         raise UserError(

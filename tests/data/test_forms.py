@@ -204,7 +204,7 @@ def test_a_column_that_is_named_is_taken_of_pairs_too(tmp_path, pairs):
     assert len(data) == 8 and not data.pairs
 
 
-def named_by_captions(place, kind="csv"):
+def named_by_captions(place):
     """Winners whose names have words that `datasets` reads as those of splits."""
     names = ["a train at night", "0001-val", "test", "a dev at work", "two foxes", "training day"]
     tiny.folder_of_winners(place, COUNT, metadata="csv")
@@ -284,6 +284,8 @@ def test_a_captioned_file_that_is_not_read_is_named(tmp_path):
     """Of a kind that `datasets` does not know, where the others would be trained on without a word."""
     place = make("sd", "kohya", tmp_path / "data")["train_data_dir"]
     (place / "10_shapes" / "notes.txt").write_text("no caption of anything")
+    for name in ("._0.PNG", "._0.txt"):  # what a Mac leaves on other disks; datasets reads nothing that is hidden
+        (place / "10_shapes" / name).write_bytes(b"a Mac's own notes")
     assert len(open_winners(SCRIPTS["sd"], tmp_path, place)) == COUNT
     (place / "10_shapes" / "3.PNG").rename(place / "10_shapes" / "3.avif")
     with pytest.raises(SCRIPTS["sd"].UserError, match=r"1 files with a caption .* first .*/3\.avif: convert them"):
