@@ -457,6 +457,17 @@ def test_every_column_is_explained():
         assert name in text, name
 
 
+def test_kept_weights_are_those_of_the_main_run():
+    """What columns.md says of half precision, of every committed run that was drawn once more."""
+    runs = {line["run"]: line for line in second.read_csv(STUDY / "data" / "runs.csv")}
+    finer = [name for name, line in runs.items() if line["stage"] == "finer"]
+    assert finer
+    for name in finer:
+        line, main = runs[name], runs[name.removesuffix(f" {second.FINER} steps")]
+        assert line["start"] == main["start"] and main["stage"] == "main"
+        assert abs(float(line["error"]) - float(main["error"])) < 2e-5, name
+
+
 def test_what_is_committed_has_been_planned():
     runs = second.read_csv(STUDY / "data" / "runs.csv")
     assert len({line["run"] for line in runs}) == len(runs)
