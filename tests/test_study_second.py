@@ -249,8 +249,12 @@ def test_every_planned_run_has_flags_that_the_script_takes(told):
     for row in second.FAMILY + ("sft constant", "sft decaying", "start"):
         assert sum(run.row == row for run in main) == 20, row
     assert all({"end", "average 0.99"} <= set(run.models) for run in main if run.row == "sft constant")
-    order = [run.row for run in runs if run.task == "T1" and run.stage == "main"]
-    assert {*order[-6 * 4 * 2 :]} == {*second.T1_THEN}, "the family's seeds come first"
+    beside = main[-6 * 2 * 2 :]
+    assert {(run.row, run.seed) for run in beside} == {(row, seed) for row in second.T1_THEN for seed in (1, 2)}
+    for seed in (3, 4):
+        places = [place for place, run in enumerate(main) if run.seed == seed]
+        assert places == [*range(places[0], places[-1] + 1)], "all of a start's runs follow each other"
+        assert {main[place].row for place in places[-6 * 2 :]} == {*second.T1_THEN}
     tuned = {}
     for run in runs:
         if run.task == "T1" and run.stage == "tuning" and second.ROWS[run.row].trained:

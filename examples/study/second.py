@@ -362,10 +362,11 @@ def main_stages():
         yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST]
         if seed == SEEDS[2]:  # as soon as they can be: the weights are on this machine alone
             yield lambda: [*finer_runs(T1_FIRST)]
-    for seed in LATER:
+        if seed in LATER[2:]:  # while the seed's start is on this machine: see the plan's end
+            yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
+    for seed in LATER[:2]:
         yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
-        if seed == SEEDS[2]:
-            yield lambda: [*finer_runs(T1_THEN)]
+    yield lambda: [*finer_runs(T1_THEN)]
     for seed in DEGRADED:
         yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
         yield lambda seed=seed: [
