@@ -384,6 +384,18 @@ def test_kept_weights_draw_once_more_in_more_steps(tiny, monkeypatch):
     assert measured["mmd"] == pytest.approx(end["mmd"], abs=0.02), "the main run's, in half precision"
 
 
+def test_a_run_is_drawn_for_the_rows_that_share_it_alone():
+    """Weights and their average are two runs on the first base, which chose two rates, and one on the second."""
+    runs = {(base, row): second.main_run("T1", base, row, 5) for base in study.BASES for row in second.ROWS}
+    assert runs["first", "sft constant"].models == ("half", "end")
+    assert runs["first", "sft averaged"].models == ("half", "average 0.99")
+    assert runs["second", "sft constant"] == runs["second", "sft averaged"]
+    assert runs["second", "sft constant"].models == ("half", "average 0.995", "end")
+    for (base, row), run in runs.items():
+        _, model, guidance = second.chosen(base, row)
+        assert model in run.models and {1.0, guidance} <= set(run.guidances), (base, row)
+
+
 def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch, tmp_path):
     """The start is the base here, and one row the other base: its line differs, and no other."""
     monkeypatch.setattr(second, "WORK", tmp_path)

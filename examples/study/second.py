@@ -322,10 +322,11 @@ def best_sft(base):
 
 
 def main_run(task, base, row, seed, share=0.0):
-    """Rows that may share a run ask for the same models and guidances, so that they do where their settings agree."""
+    """Rows whose settings agree may share a run (the weights and their average): it is drawn for all of them."""
     settings, _, _ = chosen(base, row)
     owner = ROWS[row].of or row
-    _, models, guidances = zip(*(chosen(base, name) for name, other in ROWS.items() if owner in (name, other.of)))
+    sharing = [chosen(base, name) for name, other in ROWS.items() if owner in (name, other.of)]
+    _, models, guidances = zip(*(one for one in sharing if one[0] == settings))
     half = ["half"] if ROWS[row].trained else []
     models = sorted(models, key="end".__eq__)  # last, so that the record's error is its own
     return Run(task, base, owner, seed, settings, (*half, *models), tuple(sorted({1.0, *guidances})), share)
