@@ -396,6 +396,18 @@ def test_a_run_is_drawn_for_the_rows_that_share_it_alone():
         assert model in run.models and {1.0, guidance} <= set(run.guidances), (base, row)
 
 
+def test_a_table_shows_no_error_of_other_weights():
+    """The runs of sft averaged were measured with the last weights after the average on the first five seeds."""
+    runs = second.read_csv(STUDY / "data" / "runs.csv")
+    names = {second.main_run("T1", "first", "sft constant", seed).name for seed in range(5)}
+    errors = [float(line["error"]) for line in runs if line["run"] in names]
+    assert len(errors) == 5
+    for row, error in (("sft constant", f"{np.mean(errors):.4f}"), ("sft averaged", "")):
+        head, _, *lines = second_report.measures_table("first", [row], range(5)).splitlines()
+        column = [name.strip() for name in head.split("|")].index("error")
+        assert [line.split("|")[column].strip() for line in lines] == [error] * 2, row
+
+
 def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch, tmp_path):
     """The start is the base here, and one row the other base: its line differs, and no other."""
     monkeypatch.setattr(second, "WORK", tmp_path)

@@ -177,9 +177,10 @@ def measures_table(base, rows, seeds):
             values = [mean_of(base, row, place, name, seeds) for name in names]
             values += [mean_of(base, row, place, name, seeds, part="aligned") for name in ("mmd", "memorisation")]
             lines.append([row, f"{guidance:g}", str(len(there)), *map(study.report.number, values)])
-            runs = [second.main_run("T1", base, row, seed) for seed in there]
-            last = runs[0].models[-1] == second.chosen(base, row)[1]  # else the record's error is of other weights
-            lines[-1].append(f"{np.mean([second.told(run)['error'] for run in runs]):.4f}" if last else "")
+            records = [second.told(second.main_run("T1", base, row, seed)) for seed in there]
+            # A record's error is of the last weights that it measured, which may not be the row's.
+            own = all(record["captions"][-1]["model"] == second.chosen(base, row)[1] for record in records)
+            lines[-1].append(f"{np.mean([record['error'] for record in records]):.4f}" if own else "")
             lines[-1] += [f"{value:.0f}" for value in work_of(base, row, there)]
     return study.report.table(head, lines)
 
