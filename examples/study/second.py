@@ -51,7 +51,7 @@ WORK, DATA = HERE / "work", HERE / "data"
 
 TUNING, SEEDS = (100, 101, 102), tuple(range(10))
 # Of the rows beside the family, and of T2: with seed 0 every random reference is the start.
-LATER, DEGRADED = SEEDS[1:5], SEEDS[1:4]
+LATER, DEGRADED = (3, 4, 6, 7), (1, 2, 3)
 HELD_OUT = 12  # captions of a seed that no winner shows
 STEPS = 10  # of the sampler, for rivals and for pictures
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # those that the tuning tries
@@ -332,10 +332,10 @@ def main_run(task, base, row, seed, share=0.0):
     return Run(task, base, owner, seed, settings, (*half, *models), tuple(sorted({1.0, *guidances})), share)
 
 
-def finer_runs(rows):
+def finer_runs():
     """The main runs of the first seeds whose weights were kept on this machine: their pictures in twice the steps."""
     for seed in SEEDS[:3]:
-        for run in dict.fromkeys(main_run("T1", base, row, seed) for base in study.BASES for row in rows):
+        for run in dict.fromkeys(main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST):
             models = tuple(model for model in run.models if model != "half")
             if all(kept(run, model).exists() for model in models):
                 yield replace(run, models=models, steps=FINER)
@@ -362,12 +362,9 @@ def main_stages():
         yield lambda seed=seed: [start_of(base, seed) for base in study.BASES]
         yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST]
         if seed == SEEDS[2]:  # as soon as they can be: the weights are on this machine alone
-            yield lambda: [*finer_runs(T1_FIRST)]
-        if seed in LATER[2:]:  # while the seed's start is on this machine: see the plan's end
+            yield lambda: [*finer_runs()]
+        if seed in LATER:  # while the seed's start is on this machine: see the plan's end
             yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
-    for seed in LATER[:2]:
-        yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
-    yield lambda: [*finer_runs(T1_THEN)]
     for seed in DEGRADED:
         yield lambda seed=seed: [start_of("first", seed, share) for share in SHARES]
         yield lambda seed=seed: [
