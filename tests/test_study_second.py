@@ -159,11 +159,10 @@ def test_the_plan_tells_what_is_run():
     assert "seeds 0 to 9" in plan and second.SEEDS == tuple(range(10))
     assert "rows beside the family get seeds 3, 4, 6 and 7" in plan and second.LATER == (3, 4, 6, 7)
     assert "T2 gets 1 to 3" in plan and second.DEGRADED == (1, 2, 3)
-    with_references = second.script.ReplayBank("", 8, seed=1000), second.script.ReplayBank("", 8, seed=1004)
-    assert [[bank.draw(iteration) for iteration in (1, 2, 3, 4)] for bank in with_references] == [
-        [0] * 4,
-        [0, 0, 2, 1],
-    ]
+    banks = {seed: second.script.ReplayBank("", 8, seed=1000 + seed) for seed in (0, *second.LATER)}
+    references = {seed: [bank.draw(iteration) for iteration in (1, 2, 3, 4)] for seed, bank in banks.items()}
+    assert references == {0: [0] * 4, 3: [0, 0, 2, 2], 4: [0, 0, 2, 1], 6: [0, 0, 2, 2], 7: [0, 1, 0, 2]}
+    assert "0 0 2 2 for seeds 3 and 6, 0 0 2 1 for 4 and 0 1 0 2 for 7" in plan
     for grid in (second.RATES, second.SSPO_GRID, second.HINGE_GRID):
         assert len(grid) == 4, "every row that is trained has as many settings as SFT"
     sft, sspo = (

@@ -362,7 +362,7 @@ def main_stages():
         yield lambda seed=seed: [start_of(base, seed) for base in study.BASES]
         yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_FIRST]
         if seed == SEEDS[2]:  # as soon as they can be: the weights are on this machine alone
-            yield lambda: [*finer_runs()]
+            yield finer_runs
         if seed in LATER:  # while the seed's start is on this machine: see the plan's end
             yield lambda seed=seed: [main_run("T1", base, row, seed) for base in study.BASES for row in T1_THEN]
     for seed in DEGRADED:
