@@ -1,5 +1,6 @@
 """The fixtures that all tests may use: tiny pipelines on disk, folders of winners, and a function that trains."""
 
+import contextlib
 import gc
 import io
 import logging
@@ -24,6 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import datasets
+import psutil
 import pytest
 import tiny
 import torch
@@ -41,7 +43,13 @@ tqdm.tqdm.monitor_interval = 0  # else a thread watches the bars, and may hold i
 
 
 def pytest_unconfigure():
-    """Each process that runs tests, of xdist too, takes its cache away."""
+    """
+    Each process that runs tests, of xdist too, takes its cache away, and what a test that hung has left running: it
+    would hold this process's pipes, for whose end xdist and make wait.
+    """
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 

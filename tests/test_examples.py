@@ -117,7 +117,7 @@ def test_quickstart_trains_scores_and_draws(tmp_path, script, trainer):
     """As `make quickstart` runs it, with three updates and few pictures."""
     output = tmp_path / "run"
     command = [sys.executable, HERE / f"{script}.py", "--output_dir", output, "--per_caption", 1]
-    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 4]
+    command += ["--winners_per_caption", 2, "--max_train_steps", 3, "--train_batch_size", 2]
     printed = run(command)
     assert f"train_sspo_{trainer}.py" in printed, "the command is shown"
     scores = json.loads((output / "scores.json").read_text())
@@ -216,8 +216,8 @@ def test_an_error_is_that_of_the_mean():
 def test_quickstart_of_clips_trains_measures_and_animates(tmp_path, script, trainer):
     """As `make quickstart-video` runs it, with two updates and few clips."""
     output = tmp_path / "run"
-    command = [sys.executable, HERE / f"{script}.py", "--output_dir", output, "--clips", 4]
-    command += ["--winners_per_caption", 1, "--max_train_samples", 8, "--max_train_steps", 2, "--rollout_steps", 3]
+    command = [sys.executable, HERE / f"{script}.py", "--output_dir", output, "--clips", 4, "--winners_per_caption", 1]
+    command += ["--max_train_samples", 4, "--max_train_steps", 2, "--train_batch_size", 1, "--rollout_steps", 2]
     printed = run(command)
     assert f"train_sspo_{trainer}.py" in printed, "the command is shown"
     scores = json.loads((output / "scores.json").read_text())

@@ -1,5 +1,7 @@
 """The second study: its measures and statistics against direct formulas, its runs against its plan."""
 
+import copy
+import functools
 import json
 import sys
 
@@ -216,7 +218,7 @@ def told(monkeypatch):
         worse = (settings.get("learning_rate") != 1e-3) + (settings.get("max_train_steps") != 3000)
         return record(run, mmd, error=0.1 + worse)
 
-    monkeypatch.setattr(second, "told", made_up)
+    monkeypatch.setattr(second, "told", functools.cache(made_up))
     second.chosen.cache_clear()
     yield
     second.chosen.cache_clear()
@@ -282,7 +284,7 @@ def test_the_neighbour_of_the_best_of_all_seeds_gets_all_seeds(monkeypatch):
         best = 9e-5 if run.seed == second.TUNING[0] else 2e-5
         return record(run, lambda *_: abs(np.log(dict(run.settings).get("learning_rate", best) / best)))
 
-    monkeypatch.setattr(second, "told", made_up)
+    monkeypatch.setattr(second, "told", functools.cache(made_up))
     second.chosen.cache_clear()
     row, rates = "sft decaying", [{"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
     assert second.beyond("first", row) == [] and second.best_two("first", row) == [rates[2], rates[1]]
@@ -319,6 +321,7 @@ def tiny(tmp_path, monkeypatch):
     pictures = {"tuning": {"aligned": 4}, "main": {"held out": 4}, "finer": {"held out": 4}}
     monkeypatch.setattr(second, "PICTURES", pictures)
     monkeypatch.setattr(second, "HELD_OUT", 1)
+    monkeypatch.setattr(study, "heldout_error", functools.partial(study.heldout_error, per_caption=1))
     monkeypatch.setattr(second, "real", lambda caption: measures.real_features(caption, 4))
     monkeypatch.setattr(second, "COMMON", second.COMMON | {"train_batch_size": 2, "lr_warmup_steps": 0})
     short = {"max_train_steps": 3, "rollout_steps": 2, "replay_steps": 2, "draws_per_pair": 1}
@@ -409,6 +412,7 @@ def test_a_table_shows_no_error_of_other_weights():
 def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch, tmp_path):
     """The start is the base here, and one row the other base: its line differs, and no other."""
     monkeypatch.setattr(second, "WORK", tmp_path)
+    monkeypatch.setattr(second, "STEPS", 3)
     assert second_report.sheet("first") is None, "no weights are kept"
     (tmp_path / "weights").mkdir()
     rows = ("start", second.best_sft("first"), *second.FAMILY)
@@ -539,7 +543,7 @@ def made_up(told, monkeypatch):
         cost = {"seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
         return {"captions": lines, "start": start, "error": 0.05, **cost}
 
-    monkeypatch.setattr(second, "told", main)
+    monkeypatch.setattr(second, "told", functools.cache(main))
 
 
 def test_the_family_is_told_as_the_plan_says(made_up):
@@ -562,7 +566,7 @@ def test_the_caption_that_carries_a_difference_is_found(made_up, monkeypatch):
     main, special = second.told, second.held_out(0)[0][0]
 
     def one_caption(run):
-        made = main(run)
+        made = copy.deepcopy(main(run))
         for line in made["captions"]:
             if run.row == "unpaired" and line["guidance"] == 1 and line["part"] == "held out":
                 line["mmd"] += 0.05 - (line["caption"] == special)
@@ -656,7 +660,7 @@ def test_power_from_the_tuning_is_that_of_its_variances(told, monkeypatch):
     tuning = second.told
 
     def noisy(run):
-        record, rng = tuning(run), RNG([run.seed, *run.row.encode()])
+        record, rng = copy.deepcopy(tuning(run)), RNG([run.seed, *run.row.encode()])
         for line in record["captions"]:
             line["mmd"] += 0.01 * rng.normal()
         return record
