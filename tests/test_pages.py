@@ -409,16 +409,11 @@ def test_the_launcher_starts_the_papers_recipe_with_time_to_save(tmp_path, layou
     stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MODEL": "-", "DATA": "-", "OUTPUT": "o"}
     environment |= {name: str(value) for name, value in layout.items()}
-    launcher = ROOT / "examples" / "multi_gpu" / "launch.sh"
-    words = [launcher, "--mixed_precision", "fp16"]
-    ended = subprocess.run(
-        words,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, hanging_up),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    launcher = str(ROOT / "examples" / "multi_gpu" / "launch.sh")
+    # By a process of its own: preexec_fn may deadlock where there are threads.
+    begin = f"import os, signal; signal.signal(signal.SIGHUP, signal.Handlers({int(hanging_up)}));"
+    begin += f"os.execv({launcher!r}, [{launcher!r}, '--mixed_precision', 'fp16'])"
+    ended = subprocess.run([sys.executable, "-c", begin], env=environment, check=True, capture_output=True, text=True)
     timeout, signals, *words = json.loads(ended.stdout)
     assert timeout == "600", "torchelastic gives 30 seconds otherwise"
     assert signals == handled
