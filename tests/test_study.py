@@ -1,6 +1,7 @@
 """The study runs what its plan says, once, and its page says what its results say."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -385,3 +386,14 @@ def test_the_pages_say_what_the_results_say():
     with pytest.raises(ValueError, match="summary"):
         report.fill_in({"README.md": ""}, {"summary": ""})
     assert len(pages["README.md"].splitlines()) < 60, "one screen"
+
+
+def test_differences_told_in_words_stand_in_the_tables():
+    """But for one that two more seeds have changed since, which the page tells."""
+    pages = {name: (STUDY / name).read_text() for name in ("README.md", "appendix.md", "appendix_first.md")}
+    marked = re.compile(r"<!-- [^>]+ -->\n(.*?)<!-- end -->", re.DOTALL)
+    tables = "".join(table for page in pages.values() for table in marked.findall(page))
+    prose = " ".join(marked.sub("", page) for page in pages.values()).replace("−", "-")
+    told = {" ".join(words.split()) for words in re.findall(r"[+-]\d\.\d+\s\[[^\]]+\]", prose)}
+    assert len(told) > 10
+    assert {words for words in told if words not in tables} == {"-0.057 [-0.132, +0.005]"}
