@@ -195,3 +195,13 @@ def test_stopped_run_is_resumed_as_if_never_stopped(train, number):
     again = train("stopped", resume_from_checkpoint="latest", **options)
     assert [line["step"] for line in again.metrics] == list(range(1, stopped_at + 5))
     assert_same_result(train("whole", **options), again)
+
+
+def test_a_test_that_hangs_fails_and_ends_what_it_started(tmp_path):
+    """Else what it has forked holds the pipes for whose end whoever runs the tests waits."""
+    lines = ["import os, time", "def test_hanging():", "    os.fork() or time.sleep(1000)", "    os.wait()"]
+    (tmp_path / "test_hanging.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--timeout", "2"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT / "tests")}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert "FAILED test_hanging.py::test_hanging - Failed: Timeout" in ended.stdout
