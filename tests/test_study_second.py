@@ -541,7 +541,9 @@ def made_up(told, monkeypatch):
                     lines += [line, line | {"part": "aligned", "mmd": line["mmd"] - 0.1}]
         start = f"{run.seed}" if run.row != "extrapolated" or run.seed != 7 else "made again elsewhere"
         cost = {"seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
-        return {"captions": lines, "start": start, "error": 0.05, **cost}
+        ways = {"dpo_fraction": [0.25] * 10 + [0.75] * 10} if "ssr" in run.flags() else {}
+        ways |= dict.fromkeys(("implicit_accuracy", "gap/winner", "gap/rival"), [0.001] * 20) if ways else {}
+        return {"captions": lines, "start": start, "error": 0.05, "curves": ways, **cost}
 
     monkeypatch.setattr(second, "told", functools.cache(main))
 
@@ -599,6 +601,9 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     degraded = next(line for line in printed.splitlines() if line.startswith("| 40% | unpaired, base | 1 "))
     assert degraded.strip(" |").split(" | ")[5::2] == ["0.200", "0.200"]
     assert made["mixed starts"] == "first 7, second 7"
+    (way,) = [line.split(" | ") for line in made["way first"].splitlines() if line.startswith("| unpaired, latest ")]
+    assert (way[1], way[2], way[6], way[-1]) == ("4", "0.25", "0.75", "0.00100 |")
+    assert "| sft" not in made["way first"]
     assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
     assert "rate 0.0001, β 200 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
@@ -616,6 +621,32 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     ends = {line.get_label(): line.get_ydata()[-1] for line in axes[0].get_lines()}
     assert ends["unpaired"] == pytest.approx(0.25, abs=0.005) and ends["sft constant"] > 0.29
     assert {path.name for path in tmp_path.iterdir()} == {"appendix.md", "forest.png", "work.png"}
+
+
+def test_a_row_with_few_seeds_is_told_beside_the_start_of_these_seeds(made_up, monkeypatch):
+    """Seeds differ by more than rows do: here each seed adds its number to all rows' MMD."""
+    main = second.told
+
+    def by_seed(run):
+        made = copy.deepcopy(main(run))
+        for line in made["captions"] if made and run.stage == "main" else ():
+            line["mmd"] += run.seed
+        return made
+
+    monkeypatch.setattr(second, "told", functools.cache(by_seed))
+    table = second_report.tuned_table("first", ran=True)
+    told = {line.split(" | ")[0]: float(line.strip(" |").split(" | ")[-1]) for line in table.splitlines()[2:]}
+    assert told["| start"] == 0
+    assert told["| unpaired, rival 4"] == pytest.approx(0, abs=0.01)
+    assert told["| unpaired"] == pytest.approx(-0.025, abs=0.01), "ahead in one place of two"
+
+
+def test_a_row_that_is_best_without_guidance_is_told_once(made_up, monkeypatch):
+    settings, model, _ = second.chosen("first", "unpaired")
+    with monkeypatch.context() as patch:
+        patch.setattr(second, "chosen", lambda *_: (settings, model, 1.0))
+        assert second_report.places_of("first", "unpaired") == {"guidance 1": 1.0}
+        assert len(second_report.measures_table("first", ["unpaired"], second.SEEDS).splitlines()) == 3
 
 
 def test_the_appendix_says_what_the_data_say():

@@ -220,7 +220,7 @@ def told(run):
 
 @functools.cache
 def collected():
-    """{name: record} of data/, its error and what was measured of each caption."""
+    """{name: record} of data/: its start, numbers and curves, and what was measured of each caption."""
     records = {}
     for line in read_csv(DATA / "runs.csv"):
         numbers = {name: float(line[name]) for name in ("error", "seconds", "forwards", "backwards")}
@@ -228,6 +228,9 @@ def collected():
     for line in read_csv(DATA / "captions.csv.gz"):
         numbers = {name: float(line[name]) for name in ("guidance", *LINES[5:]) if line.get(name)}
         records[line["run"]]["captions"].append(line | numbers)
+    for line in read_csv(DATA / "curves.csv.gz"):
+        curves = records[line["run"]].setdefault("curves", {})
+        curves.setdefault(line["name"], []).append(float(line["value"]))
     return records
 
 

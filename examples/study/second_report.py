@@ -39,6 +39,12 @@ def mean_of(base, row, place, name, seeds=second.SEEDS, **where):
     return float(np.mean([line[name] for line in lines])) if lines else None
 
 
+def places_of(base, row):
+    """{place: guidance} of a row; one place where it is best without guidance."""
+    best = second.chosen(base, row)[2]
+    return {PLACES[0]: 1.0} | ({PLACES[1]: best} if best != 1 else {})
+
+
 def root(values):
     """Square roots that keep the sign: an MMD without bias may be below 0."""
     return np.sign(values) * np.sqrt(np.abs(values))
@@ -172,8 +178,7 @@ def measures_table(base, rows, seeds):
     lines = []
     for row in rows:
         there = [seed for seed in seeds if lines_of(base, row, seed, PLACES[0])]
-        for place in PLACES if there else ():
-            guidance = 1.0 if place == PLACES[0] else second.chosen(base, row)[2]
+        for place, guidance in places_of(base, row).items() if there else ():
             values = [mean_of(base, row, place, name, seeds) for name in names]
             values += [mean_of(base, row, place, name, seeds, part="aligned") for name in ("mmd", "memorisation")]
             lines.append([row, f"{guidance:g}", str(len(there)), *map(study.report.number, values)])
@@ -192,8 +197,7 @@ def degraded_table():
         for row in dict.fromkeys((*second.T2, second.best_sft("first"))):
             where = dict(task="T2", share=share)
             there = [seed for seed in second.DEGRADED if lines_of("first", row, seed, PLACES[0], **where)]
-            for place in PLACES if there else ():
-                guidance = 1.0 if place == PLACES[0] else second.chosen("first", row)[2]
+            for place, guidance in places_of("first", row).items() if there else ():
                 lines.append([f"{share:.0%}", row, f"{guidance:g}", str(len(there))])
                 for part in ("held out", "aligned"):
                     for name in ("mmd", "spoiled"):
@@ -243,21 +247,40 @@ def tried_table(base):
 def tuned_table(base, ran):
     """
     What the tuning chose: its MMD there, and what its mean over both places gains on the start, there and, if they
-    `ran`, in the main runs: with some of them only, rows would differ in their seeds.
+    `ran`, in the main runs, over the seeds that the row has.
     """
-    lines, starts = [], {}
+    lines, start = [], None
     for row in second.TUNED:
         settings, model, guidance = second.chosen(base, row)
         runs = [second.trials(base, row, seed, [dict(settings)])[0] for seed in second.TUNING]
         tuning = [second.mean_mmd(runs, model, place) for place in (1.0, guidance)]
-        main = [mean_of(base, row, place, "mmd") if ran else None for place in PLACES]
+        start = start or np.mean(tuning)  # the first row is the start
         lines.append([row, in_words(dict(settings)), model, f"{guidance:g}", *(f"{value:.4f}" for value in tuning)])
-        for name, values in {"tuning": tuning, "main": main}.items():
-            mean = None if None in values else np.mean(values)
-            start = starts.setdefault(name, mean)  # the first row is the start
-            lines[-1].append("" if None in (mean, start) else f"{mean - start:+.4f}")
+        lines[-1] += [f"{np.mean(tuning) - start:+.4f}", ""]
+        if there := [seed for seed in second.SEEDS if ran and lines_of(base, row, seed, PLACES[0])]:
+            main, from_start = (
+                np.mean([mean_of(base, one, place, "mmd", there) for place in PLACES]) for one in (row, "start")
+            )
+            lines[-1][-1] = f"{main - from_start:+.4f}"
     head = ["row", "settings", "weights", "own best guidance", "MMD at guidance 1", "at its own best"]
     return study.report.table([*head, "mean − the start's", "main runs: mean − the start's"], lines)
+
+
+def way_table(base):
+    """What metrics.jsonl tells of the rows with rivals, as means over the seeds of either half of the run."""
+    names = {"dpo_fraction": 2, "implicit_accuracy": 2, "gap/winner": 5, "gap/rival": 5}
+    lines = []
+    for row in (*second.T1_FIRST, *second.T1_THEN):
+        records = [second.told(second.main_run("T1", base, row, seed)) for seed in second.SEEDS]
+        curves = [record["curves"] for record in records if record and "dpo_fraction" in record.get("curves", {})]
+        halves = [[np.array_split(one[name], 2) for one in curves] for name in names]
+        if curves:
+            lines.append([row, str(len(curves))])
+            for half in (0, 1):
+                means = (np.mean([parts[half] for parts in of_name]) for of_name in halves)
+                lines[-1] += [study.report.number(mean, digits) for mean, digits in zip(means, names.values())]
+    head = [f"{name}, {half} half" for half in ("first", "second") for name in names]
+    return study.report.table(["row", "seeds", *head], lines)
 
 
 def finer_table(base):
@@ -369,7 +392,7 @@ def tables(told):
         for base in study.BASES:
             made[f"measures {base}"] = measures_table(base, second.T1_FIRST, second.SEEDS)
             few = measures_table(base, (*second.T1_FIRST, *second.T1_THEN), second.LATER)
-            made |= {f"few {base}": few, f"finer {base}": finer_table(base)}
+            made |= {f"few {base}": few, f"way {base}": way_table(base), f"finer {base}": finer_table(base)}
     return made
 
 
