@@ -613,7 +613,9 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     assert beside[0][3:5] == ["+0.020 [+0.020, +0.020]", "yes"] and beside[0][5].startswith("-0.0")
     expected = 0.25**0.5 - 0.3**0.5
     assert float(beside[0][6]) == pytest.approx(0.03, abs=0.001), "a tenth of SFT's"
-    assert float(beside[0][8].split(" ")[0]) == pytest.approx(expected, abs=0.01)
+    assert beside[0][7] == "yes" and float(beside[0][9].split(" ")[0]) == pytest.approx(expected, abs=0.01)
+    worse = next(line for line in made["beside"].splitlines() if line.startswith("| hinge | guidance 1 | first "))
+    assert worse.split(" | ")[7] == "no"
     assert second_report.root(np.array([0.04, -0.04])) == pytest.approx([0.2, -0.2])
     (line,) = [line for line in second_report.finer_table("first").splitlines() if line.startswith("| unpaired | 1 ")]
     assert line.split(" | ")[2] == "3" and float(line.split(" | ")[3]) == pytest.approx(0.25, abs=0.01)

@@ -98,9 +98,14 @@ def verdict(p, compared, prices):
     return "equivalent" if within else "not resolved"
 
 
+def half_width(compared):
+    """Of the 90 % interval, by which equivalence is judged."""
+    return stats.t.ppf(0.95, compared["degrees"]) * compared["error"]
+
+
 def furthest(compared):
     """The end of the 90 % interval that is further from 0, without its sign."""
-    return abs(compared["mean"]) + stats.t.ppf(0.95, compared["degrees"]) * compared["error"]
+    return abs(compared["mean"]) + half_width(compared)
 
 
 def complete():
@@ -145,7 +150,7 @@ def table(told):
 def beside_table(told):
     """What the plan wants beside the verdicts: score, the place that a recommendation asks for, one caption less."""
     head = ["row", "place", "base", "score − SFT's", "equivalent in score", "MMD − SFT's at its best guidance"]
-    head += ["margin there", "MMD − SFT's without one caption", "√MMD − SFT's"]
+    head += ["margin there", "not worse by more", "MMD − SFT's without one caption", "√MMD − SFT's"]
     lines = []
     for row, place, both, _, _ in told:
         for base, one in zip(study.BASES, both):
@@ -153,7 +158,9 @@ def beside_table(told):
             best = compare(base, row, place, sft_place=PLACES[1])
             mean, caption = one["without"]
             lines.append([row, place, base, interval(score), "yes" if furthest(score) < PRICES["score"] else "no"])
-            lines[-1] += [interval(best), f"{MARGIN * best['sft']:.3f}", f"{mean:+.3f} ({caption})"]
+            margin = MARGIN * best["sft"]
+            no_worse = best["mean"] + half_width(best) < margin
+            lines[-1] += [interval(best), f"{margin:.3f}", "yes" if no_worse else "no", f"{mean:+.3f} ({caption})"]
             lines[-1].append(interval(compare(base, row, place, scale=root)))
     return study.report.table(head, lines)
 
