@@ -274,18 +274,18 @@ def tuned_table(base, ran):
 
 
 def way_table(base):
-    """What metrics.jsonl tells of the rows with rivals, as means over the seeds of either half of the run."""
+    """What metrics.jsonl tells of the rows with rivals (hinge: gaps only), over the seeds, of either half of a run."""
     names = {"dpo_fraction": 2, "implicit_accuracy": 2, "gap/winner": 5, "gap/rival": 5}
     lines = []
     for row in (*second.T1_FIRST, *second.T1_THEN):
         records = [second.told(second.main_run("T1", base, row, seed)) for seed in second.SEEDS]
-        curves = [record["curves"] for record in records if record and "dpo_fraction" in record.get("curves", {})]
-        halves = [[np.array_split(one[name], 2) for one in curves] for name in names]
+        curves = [record["curves"] for record in records if record and "gap/rival" in record.get("curves", {})]
         if curves:
             lines.append([row, str(len(curves))])
             for half in (0, 1):
-                means = (np.mean([parts[half] for parts in of_name]) for of_name in halves)
-                lines[-1] += [study.report.number(mean, digits) for mean, digits in zip(means, names.values())]
+                for name, digits in names.items():
+                    parts = [np.array_split(one[name], 2)[half] for one in curves if name in one]
+                    lines[-1].append(study.report.number(np.mean(parts) if parts else None, digits))
     head = [f"{name}, {half} half" for half in ("first", "second") for name in names]
     return study.report.table(["row", "seeds", *head], lines)
 
