@@ -721,11 +721,14 @@ def add_pipeline_arguments(parser):
     add = parser.add_argument_group(
         "FLUX.2",
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
-        "are velocity errors. These are (1 - sigma)^-2 times the noise errors of Stable Diffusion; over the drawn "
-        "sigmas the median of that factor is (1 + s)^2, where s is --timestep_shift. Stable Diffusion's --beta_dpo "
-        "2000 therefore corresponds to about 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 33 at 6.8. (By the mean errors "
-        "of an ideal model of Gaussian data: 570, 260, 110.) This is computed; tried were only 500, and 50 with "
-        "--unpaired, at s = 1, on the small model of examples/quickstart. --rollout_strength is a share of the "
+        "are velocity errors: (1 - sigma)^-2 times the noise errors of Stable Diffusion at the same sigma. To which "
+        "--beta_dpo its 2000 corresponds depends on what is to stay alike. To pull as hard at the median of the drawn "
+        "sigmas, s / (1 + s) where s is --timestep_shift: 2000 / (1 + s)^2, so 500 at s = 1, 125 at 3, 33 at 6.8. To "
+        "pull as hard over all that is drawn, by mean errors of an ideal model of Gaussian data: 430 at s = 1, 470 at "
+        "3, 550 at 6.8. They part as s grows, and Flow-DPO (arXiv 2501.13918) speaks for the second: one beta for all "
+        "sigmas did better than one that falls as (1 - sigma)^2. So start with the default. All this is computed; "
+        "tried were only 500, and 50 with --unpaired, at s = 1, on the small model of examples/quickstart. "
+        "--rollout_strength is a share of the "
         "sampler's steps, not a sigma: with 20 steps, 0.7 starts at sigma 0.94, 0.5 at 0.87, 0.3 at 0.74 and 0.2 at "
         "0.63 at 512 x 512, and at 0.95, 0.90, 0.79 and 0.69 at 1024 x 1024. (Stable Diffusion's 0.7 is a sigma of "
         "0.77.) Rivals and pictures are sampled by Euler steps, as in the pipeline.",
@@ -736,7 +739,7 @@ def add_pipeline_arguments(parser):
         default=1.0,
         help="Shift s of the sigmas drawn in training: s u / (1 + (s - 1) u), u the sigmoid of a normal number. Their "
         "median is s / (1 + s); a larger s weights layout over detail. In 20 steps the sampler's own shift is 6.8 "
-        "at 512 x 512, 9 at 1024 x 1024. --beta_dpo has to follow it, see above.",
+        "at 512 x 512, 9 at 1024 x 1024. What this means for --beta_dpo is said above.",
     )
     add(
         "--max_sequence_length",
@@ -808,6 +811,8 @@ def check_base(args, pipeline, source):
             problem = "is distilled to a guidance, as FLUX.2 [dev] is: give FLUX.2 [klein] base"
         elif pipeline.get("is_distilled") or "KV" in pipeline["_class_name"]:
             problem = "is distilled to few steps, which this training would undo: give the base model"
+        elif "quantization_config" in transformer:
+            problem = "is quantised, with which this training was never run: give the base model in bf16"
     if problem is None and parts != PARTS:
         other = next(part for part in PARTS if parts[part] != PARTS[part])
         problem = f"is not FLUX.2 [klein]: its {other} is {parts[other]}, not {PARTS[other]}"

@@ -726,11 +726,14 @@ def add_pipeline_arguments(parser):
     add = parser.add_argument_group(
         "Wan",
         "The model predicts the velocity, noise - latents, at sigma = t / 1000 (0 is clean, 1 is noise), and errors "
-        "are velocity errors. These are (1 - sigma)^-2 times the noise errors of Stable Diffusion; over the drawn "
-        "sigmas the median of that factor is (1 + s)^2, where s is --timestep_shift. Stable Diffusion's --beta_dpo "
-        "2000 therefore corresponds to about 2000 / (1 + s)^2: 500 at s = 1, 125 at 3, 56 at 5. (By the mean errors "
-        "of an ideal model of Gaussian data: 570, 260, 160.) This is computed; tried was only 500 at s = 1, on the "
-        "small model of examples/quickstart. --rollout_strength is a share of the sampler's steps, not a sigma: with "
+        "are velocity errors: (1 - sigma)^-2 times the noise errors of Stable Diffusion at the same sigma. To which "
+        "--beta_dpo its 2000 corresponds depends on what is to stay alike. To pull as hard at the median of the drawn "
+        "sigmas, s / (1 + s) where s is --timestep_shift: 2000 / (1 + s)^2, so 500 at s = 1, 125 at 3, 56 at 5. To "
+        "pull as hard over all that is drawn, by mean errors of an ideal model of Gaussian data: 430 at s = 1, 470 at "
+        "3, 520 at 5. They part as s grows, and Flow-DPO (arXiv 2501.13918) speaks for the second: one beta for all "
+        "sigmas did better than one that falls as (1 - sigma)^2. So start with the default. All this is computed; "
+        "tried was only 500 at s = 1, on the small model of examples/quickstart. "
+        "--rollout_strength is a share of the sampler's steps, not a sigma: with "
         "20 steps of UniPC, 0.7 starts at sigma 0.88, 0.5 at 0.75, 0.3 at 0.56 and 0.2 at 0.43 with a flow shift of "
         "3, and at 0.92, 0.83, 0.68 and 0.56 with one of 5. (Stable Diffusion's 0.7 is a sigma of 0.77.)",
     ).add_argument
@@ -739,7 +742,8 @@ def add_pipeline_arguments(parser):
         type=number(float, 0, above=True),
         default=1.0,
         help="Shift s of the sigmas drawn in training: s u / (1 + (s - 1) u), u the sigmoid of a normal number. Their "
-        "median is s / (1 + s); a larger s weights motion and layout over detail. --beta_dpo has to follow it.",
+        "median is s / (1 + s); a larger s weights motion and layout over detail. What this means for --beta_dpo is "
+        "said above.",
     )
     add(
         "--flow_shift",
@@ -856,6 +860,8 @@ def check_base(args, pipeline, source):
         multiple = vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", (1, 2, 2))[1]
         if transformer.get("image_dim") is not None or transformer["in_channels"] != vae.get("z_dim", 16):
             problem = "takes a picture or the like beside a caption, as image-to-video: give a text-to-video model"
+        elif "quantization_config" in transformer:
+            problem = "is quantised, with which this training was never run: give the base model in bf16"
         elif any(side % multiple for side in picture_size(args)):
             problem = f"needs a --height and a --width that are multiples of {multiple}, not {picture_size(args)}"
     if problem is not None:

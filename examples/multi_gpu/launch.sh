@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's recipe, worked out for any number of GPUs. For Stable Diffusion: FLUX.2 and Wan want another beta and LoRA,
-# docs/scaling.md has a command for them. On one machine with eight GPUs, DATA a folder or a data set of the hub:
+# docs/scaling.md tells how. On one machine with eight GPUs, DATA a folder or a data set of the hub:
 #
 #   MODEL=stable-diffusion-v1-5/stable-diffusion-v1-5 DATA=path/to/winners OUTPUT=sspo examples/multi_gpu/launch.sh
 #

@@ -6,7 +6,7 @@ import re
 import pytest
 import tiny
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import DDPMScheduler, Flux2KleinPipeline
 from helpers import flags
 
 import train_sspo_flux2 as script
@@ -149,12 +149,20 @@ def help_text():
     return parser.format_help()
 
 
+def noise_error_of_stable_diffusion():
+    """The mean noise error of an ideal model of standard normal latents: alpha bar, over the schedule."""
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return scheduler.alphas_cumprod.mean()
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.8])
 @pytest.mark.parametrize("draws", [1, 4])
 def test_drawn_sigmas_and_the_beta_that_fits_them(load, shift, draws):
     """
-    Their median is s / (1 + s), so that of (1 - sigma)^-2 is (1 + s)^2, by which --help divides 2000. Of several, one
-    comes from each of as many equally likely parts, and all together are distributed as one is.
+    Their median is s / (1 + s), so that of (1 - sigma)^-2 is (1 + s)^2, by which --help divides 2000. Its other beta
+    is 2000 times the mean noise error of an ideal model of Gaussian data on Stable Diffusion's schedule over the mean
+    velocity error on these sigmas. Of several, one comes from each of as many equally likely parts, and all together
+    are distributed as one is.
     """
     _, models = load(timestep_shift=shift)
     generators = (script.keyed_generator("timestep", 0, i) for i in range(20_000 // draws))
@@ -163,7 +171,10 @@ def test_drawn_sigmas_and_the_beta_that_fits_them(load, shift, draws):
     assert sigmas.median().item() == pytest.approx(shift / (1 + shift), abs=0.02)
     beta = 2000 / (1 - sigmas).pow(-2).median().item()
     assert beta == pytest.approx(2000 / (1 + shift) ** 2, rel=0.05)
-    assert re.search(rf"\b{round(2000 / (1 + shift) ** 2)} at (s = )?{shift:g}\b", " ".join(help_text().split()))
+    told = " ".join(help_text().split())
+    assert re.search(rf"\b{round(2000 / (1 + shift) ** 2)} at (s = )?{shift:g}\b", told)
+    of_means = 2000 * noise_error_of_stable_diffusion() * ((1 - sigmas) ** 2 + sigmas**2).reciprocal().mean() ** -1
+    assert re.search(rf"\b{10 * round(of_means.item() / 10)} at (s = )?{shift:g}\b", told), of_means
     odds = (sigmas / (1 - sigmas) / shift).log()
     assert odds.std().item() == pytest.approx(1, abs=0.02), "the sigmoid of a normal number, shifted"
     if draws == 4:

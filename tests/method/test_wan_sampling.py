@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, WanPipeline, WanVideoToVideoPipeline
 from diffusers.pipelines.wan import pipeline_wan_video2video
 
 import train_sspo_wan as script
@@ -167,7 +167,12 @@ def test_help_names_the_beta_that_fits_the_drawn_sigmas(load, shift):
     generators = (script.keyed_generator("timestep", 0, i) for i in range(5_000))
     sigmas = torch.cat([script.draw_timesteps(models, generator, 2) for generator in generators]) / 1000
     assert 2000 / (1 - sigmas).pow(-2).median().item() == pytest.approx(2000 / (1 + shift) ** 2, rel=0.05)
-    assert re.search(rf"\b{round(2000 / (1 + shift) ** 2)} at (s = )?{shift:g}\b", " ".join(help_text().split()))
+    told = " ".join(help_text().split())
+    assert re.search(rf"\b{round(2000 / (1 + shift) ** 2)} at (s = )?{shift:g}\b", told)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+    noise_error = scheduler.alphas_cumprod.mean()  # of an ideal model of standard normal latents
+    of_means = 2000 * noise_error * ((1 - sigmas) ** 2 + sigmas**2).reciprocal().mean() ** -1
+    assert re.search(rf"\b{10 * round(of_means.item() / 10)} at (s = )?{shift:g}\b", told), of_means
 
 
 def test_errors_are_of_the_velocity_means_over_all_but_the_batch(load, model, stock):

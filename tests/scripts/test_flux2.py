@@ -278,6 +278,7 @@ def test_wrong_models_are_refused_in_a_line(train, flux2, sd, tmp_path):
     for model, message in (
         (sd, "is not FLUX.2 .klein.: its transformer is nothing"),
         (changed("few-steps", index, is_distilled=True), "is distilled to few steps.* give the base model"),
+        (changed("nf4", transformer, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
         (changed("dev", transformer, guidance_embeds=True), r"is distilled to a guidance, as FLUX.2 \[dev\] is"),
         (
             changed("mistral", index, text_encoder=["transformers", "Mistral3ForConditionalGeneration"]),

@@ -335,6 +335,7 @@ def test_wrong_models_are_refused_in_a_line(train, wan, wan_large, sd, tmp_path)
         (changed("a14b", index, transformer_2=second, boundary_ratio=0.875), "has two transformers, as Wan 2.2 A14B"),
         (changed("second", index, transformer_2=second), "has two transformers"),
         (changed("boundary", index, boundary_ratio=0.9), "has two transformers"),
+        (changed("nf4", transformer, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
         (changed("i2v", transformer, image_dim=1280), "takes a picture .* as image-to-video: give a text-to-video"),
         (changed("i2v-2", transformer, in_channels=36), "takes a picture .* as image-to-video"),
         (
