@@ -8,7 +8,7 @@
 #     "diffusers>=0.42,<0.43",
 #     "transformers>=5.3,<6",
 #     "accelerate>=1.15,<2",
-#     "datasets>=5.0,<6",
+#     "datasets>=5.2,<6",
 #     "peft>=0.21,<0.22",
 #     "bitsandbytes>=0.50.2,<0.51",
 #     "tensorboard>=2.20,<3",
@@ -160,8 +160,7 @@ class ReplayBank:
     1. Replay (random checkpoint replay). The policy's past, on disk.
 
     `iteration-0` is the base, `iteration-k` the policy at the end of iteration k. An iteration draws from at most
-    `size` of them: the base and the newest. Which one depends on the iteration's number and the seed only, not on the
-    files, so it is the same on every process and after a resume.
+    `size` of them: the base and the newest. Which one follows from its number and the seed, on every process alike.
 
     Args:
         directory: where the entries are, as safetensors.
@@ -188,6 +187,7 @@ class ReplayBank:
         return live[{"random": uniform, "latest": -1, "initial": 0}[self.reference]]
 
     def push(self, index, weights):
+        shutil.rmtree(self.path(index).with_suffix(""), ignore_errors=True)  # rivals of an entry that this replaces
         write_tensors(self.path(index), weights)
 
     def load(self, index):
@@ -629,6 +629,10 @@ def check_args(args):
         raise UserError("--streaming does not know how long an epoch is: give --max_train_steps")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise UserError("--lr_scheduler constant has no warm-up: give constant_with_warmup, or drop --lr_warmup_steps")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        raise UserError("--lr_scheduler polynomial ends at a rate of 1e-7: --learning_rate has to be higher")
+    if max(args.adam_beta1, args.adam_beta2) == 1:
+        raise UserError("--adam_beta1 and --adam_beta2 must be less than 1")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError("--use_8bit_adam is a kind of adamw: drop it, or --optimizer adafactor")
     if args.train_mode == "full" and getattr(args, "output_kohya_format", False):  # not all pipelines have it
@@ -979,15 +983,15 @@ def save_result(models, args, directory):
     pipeline.save_pretrained(directory)
 
 
-def of_revision(args):
-    """--revision, as another argument of from_pretrained in the model card's lines."""
-    return f', revision="{args.revision}"' if args.revision else ""
+def which_base(args):
+    """--revision and --variant, as further arguments of from_pretrained in the model card's lines."""
+    return "".join(f', {name}="{value}"' for name in ("revision", "variant") if (value := getattr(args, name)))
 
 
 def usage(args, name):
     """The lines of Python that load the result called `name`, for the model card."""
     lora = args.train_mode == "lora"
-    base = f'"{args.pretrained_model_name_or_path}"{of_revision(args)}' if lora else f'"{name}"'
+    base = f'"{args.pretrained_model_name_or_path}"{which_base(args)}' if lora else f'"{name}"'
     lines = ["from diffusers import DiffusionPipeline"]
     lines.append(f'pipeline = DiffusionPipeline.from_pretrained({base}).to("cuda")')
     if lora and args.prediction_type is not None:  # in full mode the result's own scheduler has it

@@ -8,7 +8,7 @@
 #     "diffusers>=0.42,<0.43",
 #     "transformers>=5.3,<6",
 #     "accelerate>=1.15,<2",
-#     "datasets>=5.0,<6",
+#     "datasets>=5.2,<6",
 #     "peft>=0.21,<0.22",
 #     "av>=15,<19",
 # ]

@@ -58,6 +58,19 @@ def test_entries_that_a_checkpoint_needs_outlive_the_bound(script, tmp_path):
     assert entries(tmp_path) == [0, 3, 4, 6, 7]
 
 
+def test_an_entry_that_is_made_again_has_none_of_the_former_ones_rivals(script, tmp_path):
+    """A run that went back to an older checkpoint makes the entry again, maybe not to the last bit."""
+    bank = script.ReplayBank(tmp_path, 8)
+    bank.push(1, weights(1))
+    kept = tmp_path / "iteration-1" / "rank-0" / "0" / "row-0-0.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    bank.push(2, weights(2))
+    assert kept.exists()
+    bank.push(1, weights(1))
+    assert not kept.exists() and torch.equal(bank.load(1)["layer"], weights(1)["layer"])
+
+
 def test_missing_and_damaged_entries_are_named(script, tmp_path):
     bank = script.ReplayBank(tmp_path, 8)
     with pytest.raises(script.UserError, match="iteration-3.*is missing or damaged"):

@@ -52,6 +52,8 @@ def words_of(kind, **options):
         (dict(seed="x"), "--seed: invalid int value: 'x'"),
         (dict(seed=-1), "--seed: must be at least 0 and at most 4294967295, not -1"),
         (dict(adam_beta2=1.5), "--adam_beta2: must be at least 0 and at most 1, not 1.5"),
+        (dict(adam_beta2=1), "--adam_beta1 and --adam_beta2 must be less than 1"),
+        (dict(lr_scheduler="polynomial", learning_rate=1e-8), "--lr_scheduler polynomial ends at a rate of 1e-7"),
         (dict(lr_warmup_steps=5), "--lr_scheduler constant has no warm-up: give constant_with_warmup"),
         (dict(no_such_flag=1), "--no_such_flag 1"),
         (dict(train_batch=1), "--train_batch 1"),

@@ -114,7 +114,7 @@ def test_a_model_of_the_hub_is_read_in_its_revision_and_its_variant(each, hub, m
     card = ModelCard.load(run.path / "README.md")
     assert card.data.base_model == "me/base"
     of_base = [line for line in card.text.splitlines() if '"me/base"' in line and ("=" in line or "motion" in line)]
-    assert all('"me/base", revision="other"' in line for line in of_base) and bool(of_base) == (
+    assert all('"me/base", revision="other", variant="fp16"' in line for line in of_base) and bool(of_base) == (
         '"me/base"' in card.text
     )
 
