@@ -30,10 +30,10 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
                    Otherwise, and always with --ssr none, s = +1.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
-The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
-first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
-(docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
+The same numbers mark the functions below and the loop in `main`, at the end. At the first update policy and reference
+are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells good runs from bad ones reliably: look
+at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
+--ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
     accelerate launch train_sspo_sd.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \

@@ -31,17 +31,10 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
                    Otherwise, and always with --ssr none, s = +1.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
-The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
-first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
-(docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
-
-What differs from train_sspo_sd.py: the model is a Stable Diffusion 1.x image model, which stays frozen, and a motion
-adapter, whose motion modules are trained (LoRA on their attention, or all of their weights). Latents are (c, f, h, w),
-errors are means over all of them, and a clip has one timestep. The noise schedule is the linear one that motion
-adapters are trained with, whatever the image model says. Winners are decoded by PyAV in the data loader. If they are
-real clips, watch implicit_accuracy: in arXiv 2506.03517 (appendix C.4) DPO of real videos against samples brought it
-near 1 within 500 steps, and no better model. --rollout_strength brings rivals closer; whether it helps is not known.
+The same numbers mark the functions below and the loop in `main`, at the end. At the first update policy and reference
+are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells good runs from bad ones reliably: look
+at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
+--ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
     accelerate launch train_sspo_video.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \

@@ -31,22 +31,10 @@ The losing half of each pair, the *rival*, is sampled from the model's own past.
                    Otherwise, and always with --ssr none, s = +1.
   5. Loss.         L = -log sigmoid( -beta/2 * [ gap_w - s * gap_r ] ), averaged over the examples.
 
-The same numbers mark the functions below and the lines of the training loop, in `main` at the end of the file. At the
-first update policy and reference are the same model, so L = ln 2 exactly. It often stays near ln 2, and no curve tells
-good runs from bad ones reliably: look at the samples. Loss and replay default to what the paper's first version states
-(docs/method.md). In our study --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better (examples/study).
-
-What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
-(1 - sigma) * latents + sigma * noise, with t = 1000 sigma. --help says what this means for --beta_dpo and
---rollout_strength. The VAE turns 4k + 1 frames into k + 1; latents are (c, k + 1, h, w), normalised to mean 0 and
-variance 1 per channel by the VAE's own statistics, and the VAE runs in fp32. Winners are decoded by PyAV in the data
-loader, at the model's frame rate. A prompt is at most 512 tokens of 4096 numbers: --cache_latents stores only the
-tokens that a caption has, and the text encoder (10.6 GiB in bf16) leaves the accelerator before the transformer is
-moved there. Image-to-video models and Wan 2.2 A14B, which has two transformers, are refused.
-
-If winners are real clips, watch implicit_accuracy: in arXiv 2506.03517 (appendix C.4) DPO of real videos against
-samples brought it near 1 within 500 steps, and no better model. --rollout_strength makes rivals more like winners;
-whether that helps is not known.
+The same numbers mark the functions below and the loop in `main`, at the end. At the first update policy and reference
+are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells good runs from bad ones reliably: look
+at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
+--ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
     accelerate launch train_sspo_wan.py \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \

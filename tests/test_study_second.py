@@ -415,17 +415,17 @@ def test_a_sheet_shows_what_each_row_draws_from_the_same_noise(told, monkeypatch
     monkeypatch.setattr(second, "STEPS", 3)
     assert second_report.sheet("first") is None, "no weights are kept"
     (tmp_path / "weights").mkdir()
-    rows = ("start", second.best_sft("first"), *second.FAMILY)
+    rows, seed = ("start", second.best_sft("first"), *second.FAMILY), second_report.SHOWN
     for row in rows:
-        run, model = second.main_run("T1", "first", row, 0), second.chosen("first", row)[1]
+        run, model = second.main_run("T1", "first", row, seed), second.chosen("first", row)[1]
         weights = second.weights_of(study.BASES["second" if row == "hinge" else "first"])
         second.save_file({name: weight.half() for name, weight in weights.items()}, second.kept(run, model))
     lines = np.split(np.asarray(second_report.sheet("first").convert("RGB")), len(rows))
     pictures = [line[:64, -12 * 64 :] for line in lines]
     same = [np.array_equal(picture, pictures[0]) for picture in pictures]
     assert same == [row != "hinge" for row in rows]
-    pipeline, caption = study.load_pipeline(study.BASES["first"], "cpu"), second.held_out(0)[0][3]
-    (drawn,) = second.draw(pipeline, [caption], second.first_noise(0, "held out", 3), 1.0, second.STEPS)
+    pipeline, caption = study.load_pipeline(study.BASES["first"], "cpu"), second.held_out(seed)[0][3]
+    (drawn,) = second.draw(pipeline, [caption], second.first_noise(seed, "held out", 3), 1.0, second.STEPS)
     shown = pictures[0][:, 3 * 64 : 4 * 64].astype(int)
     assert np.abs(shown - np.asarray(drawn)).mean() < 6, "but for few colours and half precision"
 

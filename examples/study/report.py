@@ -463,7 +463,7 @@ def tables(parents):
     return told
 
 
-PAGES = ("README.md", "appendix_first.md")
+PAGES = ("appendix_first.md",)
 
 
 def fill_in(pages, told):
