@@ -16,7 +16,7 @@ help:
 	@echo "make quickstart-flux2  the same with a flow model: align a small pipeline in the layout of FLUX.2 [klein]"
 	@echo "make quickstart-wan    clips by a flow model: steady a small pipeline in the layout of Wan 2.1 that flickers"
 	@echo "make benchmark         time of an update over that of the model's bare calls, and how it grows (15 minutes)"
-	@echo "make study             the studies' runs that are missing, then their tables and plots (a day)"
+	@echo "make study             the studies' runs that are missing, then their tables and plots (days)"
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
 	@echo "make test-gpu          what the scripts do on this machine's GPU: twenty minutes, a report to send us"

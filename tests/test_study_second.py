@@ -538,7 +538,8 @@ def made_up(told, monkeypatch):
                         "recall": 0.4 if run.row == "sign" else 0.5,
                     }
                     line |= {"precision": 0.7, "memorisation": 0.98, "spoiled": run.share / 2}
-                    lines += [line, line | {"part": "aligned", "mmd": line["mmd"] - 0.1}]
+                    aligned = line["mmd"] - (0.12 if run.row == "unpaired" else 0.1)
+                    lines += [line, line | {"part": "aligned", "mmd": aligned}]
         start = f"{run.seed}" if run.row != "extrapolated" or run.seed != 7 else "made again elsewhere"
         cost = {"seconds": 200.0, "forwards": 20_160, "backwards": 10_080}
         ways = {"dpo_fraction": [0.25] * 10 + [0.75] * 10} if "ssr" in run.flags() else {}
@@ -604,7 +605,8 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     (way,) = [line.split(" | ") for line in made["way first"].splitlines() if line.startswith("| unpaired, latest ")]
     assert (way[1], way[2], way[6], way[-1]) == ("4", "0.25", "0.75", "0.00100 |")
     assert "| sft" not in made["way first"]
-    assert float(mmd) == pytest.approx(0.25, abs=0.005) and float(aligned) == pytest.approx(float(mmd) - 0.1, abs=2e-3)
+    assert float(mmd) == pytest.approx(0.25, abs=0.005)
+    assert float(aligned) == pytest.approx(float(mmd) - 0.12, abs=2e-3)
     assert "rate 0.0001, β 200 | end | 2 |" in printed, "what the tuning chose"
     assert second_report.work_of("first", "unpaired") == (40.32, 200)
     beside = [
@@ -614,6 +616,7 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     expected = 0.25**0.5 - 0.3**0.5
     assert float(beside[0][6]) == pytest.approx(0.03, abs=0.001), "a tenth of SFT's"
     assert beside[0][7] == "yes" and float(beside[0][9].split(" ")[0]) == pytest.approx(expected, abs=0.01)
+    assert float(beside[0][10].split(" ")[0]) == pytest.approx(-0.07, abs=0.005), "on aligned captions"
     worse = next(line for line in made["beside"].splitlines() if line.startswith("| hinge | guidance 1 | first "))
     assert worse.split(" | ")[7] == "no"
     assert second_report.root(np.array([0.04, -0.04])) == pytest.approx([0.2, -0.2])
@@ -623,6 +626,15 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     ends = {line.get_label(): line.get_ydata()[-1] for line in axes[0].get_lines()}
     assert ends["unpaired"] == pytest.approx(0.25, abs=0.005) and ends["sft constant"] > 0.29
     assert {path.name for path in tmp_path.iterdir()} == {"appendix.md", "forest.png", "work.png"}
+
+
+def test_what_guidance_brings_is_told_of_the_row_that_others_are_compared_with(made_up, monkeypatch):
+    """Which is unpaired here: better by 0.05 without guidance alone."""
+    monkeypatch.setattr(second, "best_sft", lambda _: "unpaired")
+    *_, decaying, _, guided = [line.strip(" |").split(" | ") for line in second_report.sft_table().splitlines()]
+    assert decaying[0] == "sft decaying − start, guidance 1"
+    assert [float(cell.split(" ")[0]) for cell in decaying[1:3]] == pytest.approx([0, 0], abs=0.005)
+    assert [float(cell.split(" ")[0]) for cell in guided[1:3]] == pytest.approx([0.05, 0.05], abs=0.005)
 
 
 def test_a_row_with_few_seeds_is_told_beside_the_start_of_these_seeds(made_up, monkeypatch):

@@ -51,7 +51,7 @@ def root(values):
     return np.sign(values) * np.sqrt(np.abs(values))
 
 
-def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, other=None):
+def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, other=None, part="held out"):
     """
     A row minus SFT on T1, both at guidance 1 or each at its own best, paired by seed and caption.
 
@@ -61,6 +61,7 @@ def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, othe
         sft_place: where SFT is another place than the row.
         scale: of the values before their difference, such as `root`.
         other: a row in SFT's place.
+        part: the captions, held out or aligned.
     Returns:
         what mixed_model does; `sft`, the mean of SFT; `seeds`, how many there are; and `without`, (mean, caption)
         without the caption whose absence brings the mean nearest to 0 or past it. None for fewer than two seeds.
@@ -69,7 +70,7 @@ def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, othe
     for seed in second.SEEDS:
         records = [second.told(second.main_run("T1", base, one, seed)) for one in (row, sft)]
         if all(records) and records[0]["start"] == records[1]["start"]:
-            ours, theirs = lines_of(base, row, seed, place), lines_of(base, sft, seed, sft_place or place)
+            ours, theirs = lines_of(base, row, seed, place, part), lines_of(base, sft, seed, sft_place or place, part)
             pairs += [(seed, caption, ours[caption][name], theirs[caption][name]) for caption in ours]
     seeds, captions, ours, theirs = zip(*pairs) if pairs else [()] * 4
     if len(set(seeds)) < 2:
@@ -152,6 +153,7 @@ def beside_table(told):
     """What the plan wants beside the verdicts: score, the place that a recommendation asks for, one caption less."""
     head = ["row", "place", "base", "score − SFT's", "equivalent in score", "MMD − SFT's at its best guidance"]
     head += ["margin there", "not worse by more", "MMD − SFT's without one caption", "√MMD − SFT's"]
+    head += ["MMD − SFT's, aligned"]
     lines = []
     for row, place, both, _, _ in told:
         for base, one in zip(study.BASES, both):
@@ -163,7 +165,23 @@ def beside_table(told):
             no_worse = best["mean"] + half_width(best) < margin
             lines[-1] += [interval(best), f"{margin:.3f}", "yes" if no_worse else "no", f"{mean:+.3f} ({caption})"]
             lines[-1].append(interval(compare(base, row, place, scale=root)))
+            lines[-1].append(interval(compare(base, row, place, part="aligned")))
     return study.report.table(head, lines)
+
+
+def sft_table():
+    """What SFT brings after the start, and what guidance brings to it, in MMD and recall on held-out captions."""
+    differences = {f"{row} − start, guidance 1": (row, PLACES[0], {"other": "start"}) for row in second.SFT_ROWS}
+    differences["best SFT: its own best guidance − guidance 1"] = (None, PLACES[1], {"sft_place": PLACES[0]})
+    lines = []
+    for what, (row, place, how) in differences.items():
+        lines.append([what])
+        for name in ("mmd", "recall"):
+            for base in study.BASES:
+                sft = second.best_sft(base)
+                lines[-1].append(interval(compare(base, row or sft, place, name, **{"other": sft, **how})))
+    head = [f"{name}, {base} base" for name in ("MMD", "recall") for base in study.BASES]
+    return study.report.table(["difference", *head], lines)
 
 
 def leads_table():
@@ -396,7 +414,7 @@ def tables(told):
         made |= {f"tried {base}": tried_table(base), f"tuned {base}": tuned_table(base, bool(told))}
     if told:
         made |= {"verdicts": table(told), "beside": beside_table(told), "leads": leads_table()}
-        made |= {"degraded": degraded_table(), "mixed starts": mixed_starts()}
+        made |= {"sft": sft_table(), "degraded": degraded_table(), "mixed starts": mixed_starts()}
         for base in study.BASES:
             made[f"measures {base}"] = measures_table(base, second.T1_FIRST, second.SEEDS)
             few = measures_table(base, (*second.T1_FIRST, *second.T1_THEN), second.LATER)
