@@ -374,13 +374,14 @@ def plot_work():
     return figure
 
 
-def sheet(base, seed=SHOWN):
+def sheet(base, seed=SHOWN, rows=None, task="T1", share=0.0):
     """
     What the rows draw of a seed's held-out captions without guidance, from each caption's first noise.
 
     It is drawn with the weights that the main runs kept: None where they were not made on this machine.
     """
-    runs = {row: second.main_run("T1", base, row, seed) for row in ("start", second.best_sft(base), *second.FAMILY)}
+    rows = rows or ("start", second.best_sft(base), *second.FAMILY)
+    runs = {row: second.main_run(task, base, row, seed, share) for row in rows}
     weights = {row: second.kept(run, second.chosen(base, row)[1]) for row, run in runs.items()}
     if not all(path.exists() for path in weights.values()):
         return None
@@ -423,15 +424,21 @@ def tables(told):
 
 
 def write(told):
-    """Fills appendix.md; with the main runs, also saves both plots and a sheet of pictures of each base."""
+    """Fills appendix.md; with the main runs, also saves both plots and sheets of pictures."""
     page = second.HERE / "appendix.md"
     page.write_text(study.report.fill_in({page.name: page.read_text()}, tables(told))[page.name])
     for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items() if told else ():
         figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    for base in study.BASES if told else ():
-        if pictures := sheet(base):
-            pictures.save(second.HERE / f"rows_{base}.png", optimize=True)
+    sheets = {f"rows_{base}": {"base": base} for base in study.BASES} if told else {}
+    if told:
+        rows = ("start", second.best_sft("first"), *second.T2[1:])
+        sheets["rows_degraded"] = dict(
+            base="first", seed=second.DEGRADED[0], rows=rows, task="T2", share=second.SHARES[1]
+        )
+    for name, shown in sheets.items():
+        if pictures := sheet(**shown):
+            pictures.save(second.HERE / f"{name}.png", optimize=True)
 
 
 def tuning_power(base, seeds=(8, 10)):
