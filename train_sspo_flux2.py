@@ -35,6 +35,16 @@ are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells 
 at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
 --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
+What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
+(1 - sigma) * latents + sigma * noise, with t = 1000 sigma. --help says what this means for --beta_dpo and
+--rollout_strength. Latents are patches of 2 x 2, normalised to mean 0 and variance 1 per channel by the VAE's own
+statistics. The VAE runs in fp32 (on a GPU its convolutions in TF32, PyTorch's default), so that its rounding does not
+tell winners, which it encodes, from rivals, which it never sees. A prompt is 512 tokens of 7680 numbers, 7.5 MiB in
+bf16: --cache_latents stores equal captions once and first logs how much disk it takes, and the text encoder leaves the
+accelerator before the transformer is moved there. Distilled models (FLUX.2 [klein] without "base", FLUX.2 [dev]) are
+refused. Others report that preference training of this model breaks down, DPO within few updates and GRPO at a rate of
+1e-4, later at 1e-5, and that its unguided samples are poor (docs/status.md): begin low, and look at the samples.
+
     accelerate launch train_sspo_flux2.py \
         --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B \
         --train_data_dir path/to/winners --ssr none --rival_weight 0.3 --draws_per_pair 4 \

@@ -35,6 +35,11 @@ are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells 
 at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
 --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
+What differs from train_sspo_sd.py: there are two text encoders, the second of which also gives a pooled embedding, and
+micro-conditioning (original size, crop and target size of each picture), with which the rival is sampled too. The VAE
+runs in fp32, because the stock one overflows in fp16; --pretrained_vae_model_name_or_path can name one that does not.
+Refiners, models distilled to few steps (LCM, TCD) and inpainting models are refused.
+
     accelerate launch train_sspo_sdxl.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \

@@ -36,6 +36,13 @@ are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells 
 at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
 --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
+What differs from train_sspo_sd.py: the model is a Stable Diffusion 1.x image model, which stays frozen, and a motion
+adapter, whose motion modules are trained (LoRA on their attention, or all of their weights). Latents are (c, f, h, w),
+errors are means over all of them, and a clip has one timestep. The noise schedule is the linear one that motion
+adapters are trained with, whatever the image model says. Winners are decoded by PyAV in the data loader. If they are
+real clips, watch implicit_accuracy: in arXiv 2506.03517 (appendix C.4) DPO of real videos against samples brought it
+near 1 within 500 steps, and no better model. --rollout_strength brings rivals closer; whether it helps is not known.
+
     accelerate launch train_sspo_video.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --motion_adapter_name_or_path guoyww/animatediff-motion-adapter-v1-5-3 \

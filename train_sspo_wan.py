@@ -36,6 +36,18 @@ are the same, so L = ln 2 exactly. It often stays near ln 2, and no curve tells 
 at the samples. Loss and replay default to the paper's first version (docs/method.md). In our studies (examples/study)
 --ssr none --rival_weight 0.3 --draws_per_pair 4, as below, did better, and nothing was shown to beat --loss_type sft.
 
+What differs from train_sspo_sd.py: the model is a transformer that predicts a flow's velocity, noise - latents, at
+(1 - sigma) * latents + sigma * noise, with t = 1000 sigma. --help says what this means for --beta_dpo and
+--rollout_strength. The VAE turns 4k + 1 frames into k + 1; latents are (c, k + 1, h, w), normalised to mean 0 and
+variance 1 per channel by the VAE's own statistics, and the VAE runs in fp32. Winners are decoded by PyAV in the data
+loader, at the model's frame rate. A prompt is at most 512 tokens of 4096 numbers: --cache_latents stores only the
+tokens that a caption has, and the text encoder (10.6 GiB in bf16) leaves the accelerator before the transformer is
+moved there. Image-to-video models and Wan 2.2 A14B, which has two transformers, are refused.
+
+If winners are real clips, watch implicit_accuracy: in arXiv 2506.03517 (appendix C.4) DPO of real videos against
+samples brought it near 1 within 500 steps, and no better model. --rollout_strength makes rivals more like winners;
+whether that helps is not known.
+
     accelerate launch train_sspo_wan.py \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --train_data_dir path/to/clips --ssr none --rival_weight 0.3 --draws_per_pair 4 \

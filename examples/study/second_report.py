@@ -427,17 +427,16 @@ def write(told):
     """Fills appendix.md; with the main runs, also saves both plots and sheets of pictures."""
     page = second.HERE / "appendix.md"
     page.write_text(study.report.fill_in({page.name: page.read_text()}, tables(told))[page.name])
-    for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items() if told else ():
+    if not told:
+        return
+    for name, figure in {"forest": plot_forest(told), "work": plot_work()}.items():
         figure.savefig(second.HERE / f"{name}.png", dpi=80, metadata={"Software": None})
         plt.close(figure)
-    sheets = {f"rows_{base}": {"base": base} for base in study.BASES} if told else {}
-    if told:
-        rows = ("start", second.best_sft("first"), *second.T2[1:])
-        sheets["rows_degraded"] = dict(
-            base="first", seed=second.DEGRADED[0], rows=rows, task="T2", share=second.SHARES[1]
-        )
-    for name, shown in sheets.items():
-        if pictures := sheet(**shown):
+    rows = ("start", second.best_sft("first"), *second.T2[1:])
+    sheets = {f"rows_{base}": sheet(base) for base in study.BASES}
+    sheets["rows_degraded"] = sheet("first", second.DEGRADED[0], rows, "T2", second.SHARES[1])
+    for name, pictures in sheets.items():
+        if pictures:
             pictures.save(second.HERE / f"{name}.png", optimize=True)
 
 

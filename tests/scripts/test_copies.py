@@ -185,6 +185,12 @@ def test_the_method_comes_first(script):
     assert max(script.definitions[name].end_lineno for name in method) <= 450
 
 
+def test_a_sibling_says_at_its_top_what_differs(script):
+    """And where; the original has nothing to differ from."""
+    told = "\nWhat differs from train_sspo_sd.py" in ast.get_docstring(ast.parse(script.source))
+    assert told == ("# Copied from train_sspo_sd." in script.source)
+
+
 def numbered(text):
     """The steps that a text names, `2. Self-sample` and the like, in its order and in lower case."""
     found = re.findall(r"\b([1-5])\. (?!to\b|for\b)(?:The )?([A-Za-z-]+)", text)  # "3. to 5. for" names none
