@@ -19,7 +19,7 @@ help:
 	@echo "make study             the studies' runs that are missing, then their tables and plots (days)"
 	@echo "make test              style and tests"
 	@echo "make test-faults       the long tests of what happens when a run is killed, stopped or fed bad data"
-	@echo "make test-gpu          what the scripts do on this machine's GPU: twenty minutes, a report to send us"
+	@echo "make test-gpu          what the scripts do on this machine's GPU: half an hour, a report to send us"
 	@echo "make style             ruff, and whether the scripts' shared functions are still the same"
 	@echo "make fix-copies        rewrite the functions that the scripts share from where they come from"
 	@echo "make clean             delete the virtual environment and what the quickstarts left"

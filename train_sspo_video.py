@@ -724,7 +724,7 @@ STRIP = 8  # frames of a clip that samples/step-N.png shows, at most
 VAE_FRAMES = 8  # frames that the VAE takes at once
 ATTENTION_ROWS = 65535  # that CUDA's kernels of attention take at once
 # Rows x heads that flash attention's backward takes: by its source it counts in 32 bits, sequences padded to 128 and
-# heads to 64, and more is an illegal access (PriorLabs/TabPFN#1184). Not tried by us: tests/gpu/report.py does.
+# heads to 64, and more is an illegal access (PriorLabs/TabPFN#1184), as it was on an H200 (docs/gpu.md).
 ATTENTION_BACKWARD = 2**31 // (128 * 64)
 # What motion adapters are trained with. The image model's own schedule is another one.
 NOISE_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)

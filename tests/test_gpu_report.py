@@ -120,7 +120,7 @@ def test_what_there_is_no_time_for_is_named_and_no_failure(make):
 
 def test_there_is_time_for_all():
     assert sum(limit for _, limit in report.ITEMS.values()) <= 60 * report.MINUTES
-    assert report.MINUTES == 20, "where it is told in words: the report's docstring, Makefile, README, docs/status.md"
+    assert report.MINUTES == 30, "where it is told in words: the report's docstring, Makefile, README, docs/status.md"
 
 
 def test_every_item_is_on_the_status_page():
@@ -176,7 +176,7 @@ def alive(pid):
 def test_more_minutes_are_more_for_each_item_too(make):
     slow = {"slow": (4, "time.sleep(8)")}  # 4 s or 12 s: also a busy machine is well on this side or the other
     assert make(slow)[0] == 1
-    assert make(slow, "--minutes", "60")[0] == 0
+    assert make(slow, "--minutes", "90")[0] == 0
 
 
 def test_the_computed_peaks_are_those_of_the_memory_page():
@@ -188,24 +188,31 @@ def test_the_computed_peaks_are_those_of_the_memory_page():
         peaks[heading.split(",")[0], heading.split(",")[1].strip()] = {row[0].strip("`"): row[5] for row in rows}
     sd, checkpointed = peaks["Stable Diffusion 1.5", "512²"], "--gradient_checkpointing"
     assert str(report.SCRIPTS["sd"]["runs"][0][2]) == sd["nothing else"]
-    assert {flag: str(peak) for flag, peak in report.FULL_PEAKS.items()} == {
+    assert {flag: str(peak) for flag, (peak, _) in report.FULL_PEAKS.items()} == {
         "": sd[f"--train_mode full {checkpointed}"],
         "--use_8bit_adam": sd[f"--train_mode full {checkpointed} --use_8bit_adam"],
     }
     assert str(report.SCRIPTS["sdxl"]["runs"][0][2]) == peaks["Stable Diffusion XL", "1024²"][checkpointed]
     clips = peaks["AnimateDiff", "16 frames of 256²"]
-    assert [str(computed) for _, _, computed in report.SCRIPTS["video"]["runs"]] == [
+    assert [str(computed) for _, _, computed, _ in report.SCRIPTS["video"]["runs"]] == [
         clips[checkpointed],
         clips[f"{checkpointed} --split_pairs"],
     ]
     assert str(report.SCRIPTS["flux2"]["runs"][0][2]) == peaks["FLUX.2 [klein] base 4B", "512²"][checkpointed]
+    held = {(kind, card, "81" in flags): str(computed) for kind, flags, computed, card in report.CARDS}
+    clips = peaks["AnimateDiff", "16 frames of 512²"]
+    assert held["video", 16, False] == clips[checkpointed]
+    assert held["video", 12, False] == clips[f"{checkpointed} --split_pairs"]
+    assert held["flux2", 16, False] == peaks["FLUX.2 [klein] base 4B", "1024²"][checkpointed]
+    assert held["wan", 16, False] == peaks["Wan 2.1 1.3B", "33 frames of 480 × 832"][checkpointed]
+    assert held["wan", 24, True] == peaks["Wan 2.1 1.3B", "81 frames of 480 × 832"][checkpointed]
 
 
 @long
 def test_the_computed_peak_of_fewer_frames_than_the_memory_page_has(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples" / "benchmark"), *sys.path])
     estimate_memory = importlib.import_module("estimate_memory")
-    ((_, flags, computed),) = report.SCRIPTS["wan"]["runs"]
+    ((_, flags, computed, _),) = report.SCRIPTS["wan"]["runs"]
     words = "--mixed_precision bf16 --cache_latents --train_batch_size 1 --validation_prompts fox"
     found = estimate_memory.estimate("wan", [*words.split(), *flags.split()])
     assert round(found["peak"] / estimate_memory.GIB, 1) == computed
@@ -360,6 +367,57 @@ def test_a_card_without_bf16_is_asked_for_fp16_alone(told, monkeypatch, tmp_path
     assert list(told) == ["not run"] and "Ampere" in told["not run"][0]
 
 
+@pytest.fixture
+def a_large_gpu(monkeypatch, sizes):
+    """A pretended GPU of 80 GB, of which nothing is held back: the shares of it that runs are given."""
+    shares = []
+
+    def hold(share):
+        assert isinstance(share, float), "PyTorch refuses 1"
+        shares.append(share)
+
+    monkeypatch.setattr(report, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", hold)
+    for name in ("max_memory_allocated", "max_memory_reserved", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 4 * 10**9)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    return shares
+
+
+def test_a_run_gets_no_more_than_its_card_has(a_large_gpu, tmp_path):
+    """Of 8 GB, but for what CUDA takes of them; and the one after it has the GPU for itself again."""
+    words = "--max_train_steps 1 --train_batch_size 1 --rollout_steps 2"
+    run = report.Run("sd", tmp_path, words, card=8)
+    assert run.beside == 6 * 10**9, "of 10 GB that are taken PyTorch has 4"
+    report.Run("sd", tmp_path, words, name="all")
+    assert a_large_gpu == [pytest.approx((8e9 - 2**30) / 80e9), 1.0]
+
+
+def test_what_should_fit_a_card_and_does_not_has_failed(a_large_gpu, told, monkeypatch, tmp_path):
+    """A GPU that was held to nothing and is full is only too small, and is not asked for what is larger than it."""
+
+    def run(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(report, "Run", run)
+    report.cards(tmp_path, small=False)
+    assert len(told) == len(report.CARDS)
+    for value, passed in told.values():
+        assert passed is False and re.match(r"on a card of \d+ GB: CUDA out of memory", value)
+    told.clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (11 * 10**9, 12 * 10**9))
+    report.cards(tmp_path, small=False)
+    asked = dict(told.values())
+    assert asked.pop("on a card of 8 GB: CUDA out of memory. Tried to allocate 1 GiB") is False
+    assert set(asked.values()) == {None} and all(value.startswith("not run") for value in asked)
+    told.clear()
+    report.real(tmp_path, small=False, kind="sdxl")
+    assert [passed for _, passed in told.values()] == [None]
+
+
 def test_a_real_size_model_leaves_the_gpu_part_by_part(sizes, monkeypatch):
     """All parts at once would be 13.5 GiB of FLUX.2, of which a run needs 8.6."""
     events, build, to = [], sizes.build, torch.nn.Module.to
@@ -412,9 +470,9 @@ UMT5 = dict(d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=1)
 @pytest.mark.parametrize("kind", ["wan", *quick_first("sd", [kind for kind in report.SCRIPTS if kind != "wan"])])
 def test_runs_at_the_real_size_are_of_models_that_are_built_here(kind, sizes, told, monkeypatch, tmp_path):
     """All the way through, with few and narrow layers: a card's owner should not be the first to try."""
-    _, flags, computed = report.SCRIPTS[kind]["runs"][-1]
+    _, flags, *computed = report.SCRIPTS[kind]["runs"][-1]
     side = "--height 32 --width 32" if kind == "wan" else "--resolution 64"  # all else is as on a card
-    run = (1, f"{flags} {side}", computed)
+    run = (1, f"{flags} {side}", *computed)
     monkeypatch.setitem(report.SCRIPTS, kind, {**report.SCRIPTS[kind], "precisions": ("bf16",), "runs": [run]})
     report.real(tmp_path, small=False, kind=kind)
     assert told["first update"][1] and told["updates skipped, scale before each"][1]

@@ -6,6 +6,7 @@ import sys
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from helpers import ROOT, flags, long, quick_first
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -58,7 +59,8 @@ def measured(words):
     "more", quick_first("--gradient_checkpointing", ["--train_mode full --draws_per_pair 2 --split_pairs"])
 )
 def test_estimate_is_what_a_real_run_allocates(middling, more, monkeypatch):
-    monkeypatch.setattr(estimate_memory, "flash_sums", lambda query: 0)  # of a GPU alone
+    monkeypatch.setattr(estimate_memory, "flash_sums", lambda query: 0)  # of a GPU alone, as the next
+    monkeypatch.setattr(estimate_memory, "copies", lambda *tensors: 0)
     words = [*FLAGS, *more.split()]
     found = estimate_memory.estimate("sd", words)
     assert found["peak"] == pytest.approx(measured(words), rel=0.02)
@@ -103,6 +105,14 @@ def test_fake_clips_are_counted_as_real_ones(monkeypatch, tmp_path):
     real = {**parts, **memory.peaks}
     for name in ("weights", "gradients", "optimizer", "sample", "decode", "step", "update"):
         assert fake[name] == pytest.approx(real[name], rel=0.01), name
+
+
+def test_decoding_takes_what_a_gpu_was_seen_to_take():
+    """5.11 GiB on an H200 for a picture of 1024² in fp32; without cuDNN's copies it would be 3.31."""
+    with FakeTensorMode(), estimate_memory.Memory() as memory:
+        vae = estimate_memory.build(AutoencoderKL, torch.float32, **estimate_memory.VAE)
+        vae.decode(torch.randn(1, 4, 128, 128))
+    assert max(memory.peaks.values()) / estimate_memory.GIB == pytest.approx(5.11, rel=0.02)
 
 
 @pytest.mark.parametrize(

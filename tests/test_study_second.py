@@ -537,7 +537,7 @@ def made_up(told, monkeypatch):
                         "second score": 0.9,
                         "recall": 0.4 if run.row == "sign" else 0.5,
                     }
-                    line |= {"precision": 0.7, "memorisation": 0.98, "spoiled": run.share / 2}
+                    line |= {"precision": 0.7, "memorisation": 0.98, "spoiled": run.share / 2 + 0.002 * rng.normal()}
                     aligned = line["mmd"] - (0.12 if run.row == "unpaired" else 0.1)
                     lines += [line, line | {"part": "aligned", "mmd": aligned}]
         start = f"{run.seed}" if run.row != "extrapolated" or run.seed != 7 else "made again elsewhere"
@@ -599,8 +599,12 @@ def test_tables_and_plots_hold_what_was_measured(made_up, monkeypatch, tmp_path)
     leads = [line.split(" | ") for line in printed.splitlines() if line.startswith("| unpaired, latest | guidance 1")]
     assert [line[2] for line in leads] == ["first", "second"] and leads[0][3] == "4"
     assert float(leads[0][5].split(" ")[0]) == pytest.approx(0.05, abs=0.01), "unpaired is better by that"
-    degraded = next(line for line in printed.splitlines() if line.startswith("| 40% | unpaired, base | 1 "))
-    assert degraded.strip(" |").split(" | ")[5::2] == ["0.200", "0.200"]
+    rows = [line[2:-2].split(" | ") for line in printed.splitlines() if line.startswith("| 40% |")]
+    degraded = {row: cells for _, row, guidance, *cells in rows if guidance == "1"}
+    assert degraded["unpaired"][0] == "3" and degraded[second.best_sft("first")][-2:] == ["", ""]
+    assert [float(cell) for cell in degraded["unpaired, base"][2:5:2]] == pytest.approx([0.2, 0.2], abs=2e-3)
+    gain, spoiled = (float(cell.split(" ")[0]) for cell in degraded["unpaired"][-2:])
+    assert gain == pytest.approx(-0.05, abs=0.01) and abs(spoiled) < 2e-3, "against SFT of the same share"
     assert made["mixed starts"] == "first 7, second 7"
     (way,) = [line.split(" | ") for line in made["way first"].splitlines() if line.startswith("| unpaired, latest ")]
     assert (way[1], way[2], way[6], way[-1]) == ("4", "0.25", "0.75", "0.00100 |")

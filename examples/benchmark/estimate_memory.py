@@ -8,11 +8,11 @@ The first word names the script (sd, sdxl, video, flux2, wan); what follows are 
 run, from prepare_denoiser to a whole update and a validation, on models of the real size made of fake tensors, which
 have a shape and no contents. Every storage is counted from its allocation to its end.
 
-Fake tensors on the CPU stand in for those on a GPU, where three things are otherwise, and are set right here: autocast
-runs norms and upsampling in fp32 there, the backward of flash attention sums in fp32, and AdamW steps all weights at
-once, with temporaries of their size. On both, attention is a fused kernel. fp16 is computed as bf16. What allocator
-and libraries take beside tensors is not known beforehand: CONTEXT and SLACK are assumptions. Several GPUs need no more
-each: the scripts average the gradients where they are.
+Fake tensors on the CPU stand in for those on a GPU, where four things are otherwise, and are set right here: autocast
+runs norms and upsampling in fp32 there, the backward of flash attention sums in fp32, cuDNN copies what it convolves,
+and AdamW steps all weights at once, with temporaries of their size. On both, attention is a fused kernel. fp16 is
+computed as bf16. CONTEXT and SLACK, for what CUDA's libraries and the allocator take beside tensors, are on the safe
+side of what was measured (docs/gpu.md). Several GPUs need no more each: the scripts average gradients where they are.
 """
 
 import functools
@@ -236,12 +236,18 @@ TABLE = [
 
 
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+CONVOLUTION = torch.ops.aten.convolution.default
 
 
 def flash_sums(query):
     """Bytes that a GPU's flash attention takes in its backward for the query's gradient, (b, heads, length, width)."""
     batch, heads, length, width = query.shape
     return 4 * batch * heads * (-(-length // 128) * 128) * (-(-width // 32) * 32)
+
+
+def copies(*tensors):
+    """Bytes that cuDNN takes for a convolution: its input and output once more, with their channels last."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Memory(TorchDispatchMode):
@@ -264,6 +270,8 @@ class Memory(TorchDispatchMode):
                 self.count(tensor.untyped_storage())
         if function is ATTENTION_BACKWARD:
             self.note(flash_sums(args[1]))
+        if function is CONVOLUTION:
+            self.note(copies(args[0], result))
         return result
 
     def note(self, more=0):

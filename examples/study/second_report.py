@@ -51,9 +51,9 @@ def root(values):
     return np.sign(values) * np.sqrt(np.abs(values))
 
 
-def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, other=None, part="held out"):
+def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, other=None, task="T1", share=0.0, **where):
     """
-    A row minus SFT on T1, both at guidance 1 or each at its own best, paired by seed and caption.
+    A row minus SFT, both at guidance 1 or each at its own best, paired by seed and caption.
 
     A seed whose two runs began from different weights (see the plan's end) is left out.
 
@@ -61,16 +61,18 @@ def compare(base, row, place, name="mmd", sft_place=None, scale=np.asarray, othe
         sft_place: where SFT is another place than the row.
         scale: of the values before their difference, such as `root`.
         other: a row in SFT's place.
-        part: the captions, held out or aligned.
+        task, share: T1, or T2 with its share of degraded winners.
+        where: further arguments of lines_of.
     Returns:
         what mixed_model does; `sft`, the mean of SFT; `seeds`, how many there are; and `without`, (mean, caption)
         without the caption whose absence brings the mean nearest to 0 or past it. None for fewer than two seeds.
     """
     sft, pairs = other or second.best_sft(base), []
     for seed in second.SEEDS:
-        records = [second.told(second.main_run("T1", base, one, seed)) for one in (row, sft)]
+        records = [second.told(second.main_run(task, base, one, seed, share)) for one in (row, sft)]
         if all(records) and records[0]["start"] == records[1]["start"]:
-            ours, theirs = lines_of(base, row, seed, place, part), lines_of(base, sft, seed, sft_place or place, part)
+            ours = lines_of(base, row, seed, place, task=task, share=share, **where)
+            theirs = lines_of(base, sft, seed, sft_place or place, task=task, share=share, **where)
             pairs += [(seed, caption, ours[caption][name], theirs[caption][name]) for caption in ours]
     seeds, captions, ours, theirs = zip(*pairs) if pairs else [()] * 4
     if len(set(seeds)) < 2:
@@ -218,9 +220,9 @@ def measures_table(base, rows, seeds):
 
 def degraded_table():
     """T2: what each share of degraded winners makes of the rows, and the share of such pictures that they draw."""
-    lines = []
+    lines, sft = [], second.best_sft("first")
     for share in second.SHARES:
-        for row in dict.fromkeys((*second.T2, second.best_sft("first"))):
+        for row in dict.fromkeys((*second.T2, sft)):
             where = dict(task="T2", share=share)
             there = [seed for seed in second.DEGRADED if lines_of("first", row, seed, PLACES[0], **where)]
             for place, guidance in places_of("first", row).items() if there else ():
@@ -229,8 +231,12 @@ def degraded_table():
                     for name in ("mmd", "spoiled"):
                         value = mean_of("first", row, place, name, there, part=part, **where)
                         lines[-1].append(study.report.number(value))
+                for name in ("mmd", "spoiled"):
+                    compared = compare("first", row, place, name, **where) if row != sft else None
+                    lines[-1].append(interval(compared) if compared else "")
     head = ["winners degraded", "row", "guidance", "seeds", "MMD", "pictures degraded", "MMD, aligned"]
-    return study.report.table([*head, "pictures degraded, aligned"], lines)
+    head += ["pictures degraded, aligned", "MMD − SFT's", "pictures degraded − SFT's"]
+    return study.report.table(head, lines)
 
 
 def in_words(settings):

@@ -6,7 +6,7 @@ rest. The report, gpu-report.md, is written anew after each: what was interrupte
 Nothing is downloaded: models of the real sizes are built with random weights. A figure that says how it should be is
 marked ok or FAILED; the exit status is 1 if one failed. What had no time is named, and is no failure.
 
-    python tests/gpu/report.py                      # twenty minutes at most
+    python tests/gpu/report.py                      # half an hour at most
     python tests/gpu/report.py --list
     python tests/gpu/report.py --only gap sdxl --minutes 30
     python tests/gpu/report.py --tiny               # shows that it runs, on tiny models; also on a CPU
@@ -42,40 +42,56 @@ os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="
 #   tiny        the function of tests/tiny.py that makes its model, and flags of its runs there
 #   precisions  which it can be trained in; fp16 first, which cards of any age have
 #   named       flags without which the real one does not start, beside those of the base model and the winners
-#   runs        at the real size: updates, flags, and the peak in GiB that docs/memory.md computes for them
+#   runs        at the real size: updates, flags, and what docs/memory.md computes for them: the peak in GiB, and the
+#               GB of the smallest card, of which the run is given no more
 SHORT = "--gradient_accumulation_steps 2 --gradient_checkpointing --rollout_steps 4"
 CLIP = f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 16 --resolution 256"
 SCRIPTS = {
     "sd": dict(
         tiny=("stable_diffusion", "--resolution 64 --center_crop"),
         precisions=("fp16", "bf16"),
-        runs=[(6, "--gradient_accumulation_steps 4 --rollout_batch_size 4", 3.7)],
+        runs=[(6, "--gradient_accumulation_steps 4 --rollout_batch_size 4", 3.7, 8)],
     ),
     "sdxl": dict(
         tiny=("stable_diffusion_xl", "--resolution 64 --center_crop"),
         precisions=("fp16", "bf16"),
-        runs=[(2, f"{SHORT} --rollout_batch_size 2 --resolution 1024", 8.3)],
+        runs=[(2, f"{SHORT} --rollout_batch_size 2 --resolution 1024", 10.0, 16)],
     ),
     "video": dict(
         tiny=("animate_diff", "--resolution 32 --num_frames 4 --frame_stride 2"),
         precisions=("fp16", "bf16"),
         named="--motion_adapter_name_or_path -",
-        runs=[(2, CLIP, 4.8), (2, f"{CLIP} --split_pairs", 3.7)],
+        runs=[(2, CLIP, 4.8, 8), (2, f"{CLIP} --split_pairs", 3.8, 8)],
     ),
     "flux2": dict(
         tiny=("flux2", "--resolution 64 --center_crop"),
         precisions=("bf16",),
-        runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.7)],
+        runs=[(2, f"{SHORT} --rollout_batch_size 2", 8.9, 12)],
     ),
     "wan": dict(
         tiny=("wan", "--height 32 --width 32 --num_frames 5"),
         precisions=("bf16",),
         named="--fps 16",
-        runs=[(2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 17 --max_train_samples 2", 11.2)],
+        runs=[(2, f"{SHORT} --rollout_batch_size 1 --frame_stride 0 --num_frames 17 --max_train_samples 2", 11.7, 16)],
     ),
 }
+# Settings that docs/memory.md recommends for a card, beyond those above: script, flags, peak in GiB, GB of the card.
+MORE = "--gradient_checkpointing --rollout_steps 4"
+FOUR = "--gradient_accumulation_steps 4 --rollout_batch_size 4"
+CLIP_512 = f"{MORE} --rollout_batch_size 1 --frame_stride 0 --num_frames 16 --resolution 512"
+WAN = f"{MORE} --rollout_batch_size 1 --frame_stride 0 --max_train_samples 1"
+CARDS = [
+    ("sd", "--gradient_checkpointing --draws_per_pair 4 --gradient_accumulation_steps 8", 3.6, 8),
+    ("sdxl", f"{MORE} {FOUR} --draws_per_pair 4 --resolution 1024", 10.3, 16),
+    ("video", CLIP_512, 11.9, 16),
+    ("video", f"{CLIP_512} --split_pairs", 7.4, 12),
+    ("flux2", f"{MORE} {FOUR} --resolution 1024", 12.4, 16),
+    ("wan", f"{WAN} --num_frames 33", 11.8, 16),
+    ("wan", f"{WAN} --num_frames 81", 16.1, 24),
+    ("sdxl", f"{MORE} --train_mode full --use_8bit_adam --resolution 1024", 34.1, 48),
+]
 FULL = "--train_mode full --gradient_checkpointing --gradient_accumulation_steps 2 --rollout_batch_size 2"
-FULL_PEAKS = {"": 19.2, "--use_8bit_adam": 13.3}  # GiB, as docs/memory.md computes them
+FULL_PEAKS = {"": (19.2, 24), "--use_8bit_adam": (13.3, 24)}  # as in `runs`
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -125,6 +141,16 @@ def gib(value):
     return f"{value / 2**30:.2f} GiB"
 
 
+def share_of(card):
+    """The share of this GPU's memory that a card of so many GB has for tensors; None if this one is no larger."""
+    import torch
+
+    if not card or not on_gpu():
+        return None
+    share = (card * 1e9 - 2**30 * real_size().CONTEXT) / torch.cuda.mem_get_info()[1]
+    return share if share < 0.9 else None
+
+
 def real_size():
     """estimate_memory.py, which builds models of the real size."""
     import estimate_memory
@@ -158,11 +184,13 @@ class Run:
     Attributes:
         path, metrics: its output_dir, and the lines of its metrics.jsonl.
         scales: fp16's, before each update.
-        allocated, reserved: the most bytes that PyTorch had, from when the models were loaded.
+        allocated, reserved: the most bytes that PyTorch had, from when the models were loaded. Of a `card` of so many
+            GB, where it is given, it gets no more than such a card has.
+        beside: the bytes that were taken on the GPU at the end beside PyTorch's: CUDA's own, and its libraries'.
         weights: the policy's at the end.
     """
 
-    def __init__(self, kind, folder, flags, real=False, changes=(), name="run"):
+    def __init__(self, kind, folder, flags, real=False, changes=(), name="run", card=None):
         import torch
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -178,6 +206,7 @@ class Run:
             if on_gpu():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+                torch.cuda.set_per_process_memory_fraction(share_of(card) or 1.0)
             return models
 
         def check_finite(step, metrics, args, accelerator):
@@ -196,6 +225,8 @@ class Run:
             script.main(args)
         self.allocated = torch.cuda.max_memory_allocated() if on_gpu() else 0
         self.reserved = torch.cuda.max_memory_reserved() if on_gpu() else 0
+        free, total = torch.cuda.mem_get_info() if on_gpu() else (0, 0)
+        self.beside = total - free - torch.cuda.memory_reserved() if on_gpu() else 0
 
     @property
     def metrics(self):
@@ -210,7 +241,7 @@ def inputs(kind, folder, real):
     clips = "--num_frames" in flags
     winners, model = folder / ("clips" if clips else "winners"), folder / f"{kind}.json"
     if not winners.exists():
-        tiny.folder_of_clips(winners, length=24) if clips else tiny.folder_of_winners(winners)
+        tiny.folder_of_clips(winners, length=96) if clips else tiny.folder_of_winners(winners)
     words = ["--train_data_dir", str(winners)]
     if real:
         return [*words, "--pretrained_model_name_or_path", "-", *SCRIPTS[kind].get("named", "").split()]
@@ -254,19 +285,19 @@ def no_room(error):
 
 
 @contextlib.contextmanager
-def a_failure_told_as(name):
-    """What goes wrong within is one row of the report, and the item goes on; that the memory is full is no failure."""
+def a_failure_told_as(name, card=None):
+    """
+    What goes wrong within is one row of the report, and the item goes on. That the memory is full is no failure, but
+    if the run had what a `card` of so many GB has, which should do.
+    """
     import torch
 
     try:
         yield
     except Exception as error:  # SystemExit, by which a run says that it was stopped, is none
-        room = no_room(error)
-        tell(
-            name,
-            f"skipped, it does not fit the memory: {str(error)[:60]}" if room else one_line(error),
-            None if room else False,
-        )
+        room = no_room(error) and not share_of(card)
+        told = f"skipped, it does not fit the memory: {str(error)[:60]}" if room else one_line(error)
+        tell(name, told if room or not card else f"on a card of {card} GB: {told}", None if room else False)
     gc.collect()
     if on_gpu():
         with contextlib.suppress(RuntimeError):  # after an illegal access this too raises
@@ -484,15 +515,16 @@ def real(folder, small, kind):
     """Updates at the real size: seconds, memory against what estimate_memory.py computes, fp16's scale."""
     if not precisions(kind, small):
         tell("not run", "it wants bf16, and bf16 an Ampere card or a later one")
-    for number, (updates, flags, computed) in enumerate(SCRIPTS[kind]["runs"] if precisions(kind, small) else ()):
+    for number, (updates, flags, *computed) in enumerate(SCRIPTS[kind]["runs"] if precisions(kind, small) else ()):
         words = f"--mixed_precision {half(kind, small)} --cache_latents --train_batch_size 1 --validation_prompts fox "
         words += f"--max_train_steps {1 if small else updates} {flags}"
         words += f" --rollout_steps 2 {SCRIPTS[kind]['tiny'][1]}" if small else ""
-        with a_failure_told_as(f"`{flags}`"):
-            tell_run(Run(kind, folder, words, real=not small, name=f"real{number}"), flags, computed)
+        with a_failure_told_as(f"`{flags}`", computed[1]):
+            run = Run(kind, folder, words, real=not small, name=f"real{number}", card=computed[1])
+            tell_run(run, flags, *computed)
 
 
-def tell_run(run, flags, computed):
+def tell_run(run, flags, computed=None, card=None):
     first, last = run.metrics[0], run.metrics[-1]
     tell("flags", f"`{flags}`")
     tell_first_update("first update", first)
@@ -506,6 +538,22 @@ def tell_run(run, flags, computed):
         tell("peak", told)
     else:
         tell("peak", f"{told}; computed {computed} GiB", abs(run.allocated / 2**30 / computed - 1) < 0.15)
+        if share_of(card):
+            told = f"it fits; {gib(run.beside)} of the GPU are taken beside PyTorch's, by all that runs on it"
+            tell(f"on a card of {card} GB", told, True)
+
+
+def cards(folder, small):
+    """The settings that docs/memory.md recommends, held to the memory of the card that it recommends them for."""
+    for number, (kind, flags, computed, card) in enumerate(CARDS):
+        if not precisions(kind, small) or (not small and share_of(card) is None):
+            tell(f"`{flags}`", f"not run: this card has no more than {card} GB, or no bf16")
+            continue
+        words = f"--mixed_precision {half(kind, small)} --cache_latents --train_batch_size 1 --validation_prompts fox "
+        words += f"--max_train_steps 1 {flags} {'--rollout_steps 2 ' + SCRIPTS[kind]['tiny'][1] if small else ''}"
+        with a_failure_told_as(f"`{flags}`", card):
+            run = Run(kind, folder, words, real=not small, name=f"card{number}", card=card)
+            tell_run(run, f"train_sspo_{kind}.py {flags}", computed, card)
 
 
 def vae(folder, small):
@@ -619,14 +667,16 @@ def full(folder, small):
         return optimizer, schedule
 
     changes = dict(make_optimizer=one_at_a_time)
-    cases = [("", {}, FULL_PEAKS[""]), ("", changes, None), ("--use_8bit_adam", {}, FULL_PEAKS["--use_8bit_adam"])]
-    for number, (flags, changes, computed) in enumerate(cases):
+    cases = [("", {}, *FULL_PEAKS[""]), ("", changes, None, None)]
+    cases += [("--use_8bit_adam", {}, *FULL_PEAKS["--use_8bit_adam"])]
+    for number, (flags, changes, computed, card) in enumerate(cases):
         words = f"--mixed_precision {half('sd', small)} --cache_latents --train_batch_size 1 {FULL} {flags} "
         words += "--max_train_steps 2 --validation_prompts fox --rollout_steps 2"
         words += f" {SCRIPTS['sd']['tiny'][1]}" if small else ""
         named = f"{FULL} {flags}{', and foreach=False' if changes else ''}"
-        with a_failure_told_as(f"`{named}`"):
-            tell_run(Run("sd", folder, words, real=not small, changes=changes, name=f"full{number}"), named, computed)
+        with a_failure_told_as(f"`{named}`", card):
+            options = dict(real=not small, changes=changes, name=f"full{number}", card=card)
+            tell_run(Run("sd", folder, words, **options), named, computed, card)
 
 
 def sync(folder, small):
@@ -709,7 +759,7 @@ def group_of_one(folder):
     tell("end of the group", "reached", not distributed.is_initialized())
 
 
-MINUTES = 20
+MINUTES = 30
 # In the order in which they run, each with its limit in seconds, of which a slow card may need more (--minutes).
 ITEMS = {
     "versions": (versions, 20),
@@ -720,6 +770,7 @@ ITEMS = {
     "sd": (functools.partial(real, kind="sd"), 90),
     **{kind: (functools.partial(real, kind=kind), 60) for kind in SCRIPTS if kind not in ("sd", "wan")},
     "wan": (functools.partial(real, kind="wan"), 120),
+    "cards": (cards, 400),
     "vae": (vae, 30),
     "forward": (forward, 50),
     "full": (full, 80),
