@@ -1517,8 +1517,8 @@ def encode_latents(models, examples):
         for i, example in enumerate(encoded):
             if not (mean[i].isfinite() & std[i].isfinite()).all():
                 raise UserError(
-                    f"the latents of row {example['row']} are not finite: the VAE is broken, or it overflows in half "
-                    "precision; try --mixed_precision no or bf16"
+                    f"the latents of row {example['row']} are not finite: the VAE, run in {models.vae.dtype}, is "
+                    "broken or overflows; if that is float16, try --mixed_precision bf16 or no"
                 )
             example.update({f"{half}mean": mean[i], f"{half}std": std[i]})
     return encoded

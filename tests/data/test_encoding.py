@@ -106,7 +106,7 @@ def test_latents_that_are_not_finite_stop_the_run(each, tmp_path, cached):
     weights = load_file(path)
     weights["encoder.conv_in.weight"][0] = math.inf
     save_file(weights, path)
-    with pytest.raises(each.script.UserError, match=r"latents of row \d+ are not finite.*VAE"):
+    with pytest.raises(each.script.UserError, match=r"latents of row \d+ are not finite: the VAE, run in .*32"):
         each(model=tmp_path / "broken", cache_latents=cached)
     assert not list((tmp_path / "run").rglob("rows-*.safetensors"))
 
