@@ -63,6 +63,12 @@ class CudaTensor(torch.Tensor):
         return self.numbers.detach().__reduce_ex__(protocol)
 
 
+def hold_to(share):
+    """Holds nobody to anything, and refuses what PyTorch refuses."""
+    if not isinstance(share, float) or not 0 <= share <= 1:
+        raise TypeError(f"a share of the memory is a float from 0 to 1, not {share!r}")
+
+
 class Gpu(TorchDispatchMode):
     """
     While it is entered, torch has one GPU.
@@ -88,9 +94,11 @@ class Gpu(TorchDispatchMode):
             "set_device": lambda device: None,
             "get_device_capability": lambda *args: (9, 0),
             "get_device_name": lambda *args: "a pretended GPU",
-            "mem_get_info": lambda *args: (0, 0),
+            "mem_get_info": lambda *args: (79 * 10**9, 80 * 10**9),
+            "memory_reserved": lambda *args: 0,
             "max_memory_allocated": lambda *args: 0,
             "max_memory_reserved": lambda *args: 0,
+            "set_per_process_memory_fraction": hold_to,
             "reset_peak_memory_stats": lambda *args: None,
             "empty_cache": lambda: None,
             "set_sync_debug_mode": lambda mode: None,
