@@ -1124,7 +1124,7 @@ def decode_latents(models, latents):
     """The clip of one example's latents (1, c, f, h, w), a list of PIL. Large clips are decoded tile by tile."""
     vae = models.vae
     mean, std = latent_statistics(vae)
-    # Whole, one of 704 x 1280 would take 21 GiB. Winners are encoded whole: that takes less, and no seam is learned.
+    # Whole, 704 x 1280 would take over 21 GiB. Winners are encoded whole: that takes less, and no seam is learned.
     vae.use_tiling = latents[0, 0, 0].numel() * vae.config.scale_factor_spatial**2 > 480 * 832
     pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean).sample
     vae.use_tiling = False

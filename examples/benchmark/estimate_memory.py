@@ -247,7 +247,7 @@ def flash_sums(query):
 
 def copies(*tensors):
     """Bytes that cuDNN takes for a convolution: its input and output once more, with their channels last."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class Memory(TorchDispatchMode):
